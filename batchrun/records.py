@@ -1,0 +1,152 @@
+"""The plain values that rooms of the package hand to one another. No behaviour, no libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sample ended; the values of the output column ``finish_reason``."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ERROR = "error"
+
+
+class ErrorKind(StrEnum):
+    """What kind of failure made a row an error row; the first word of the column ``error``."""
+
+    INVALID_PROMPT = "invalid_prompt"
+    TOO_LONG = "too_long"
+    TEMPLATE = "template"
+    TIMEOUT = "timeout"
+    WORKER_LOST = "worker_lost"
+    ENGINE = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row cannot be answered. ``str()`` gives the text of the column ``error``."""
+
+    kind: ErrorKind
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. ``role`` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The unit of publication: one input file, or a range of its row groups.
+
+    ``number`` is the shard's place in the plan and in its part's name; it never changes.
+    ``path`` is relative to the input's base and stands in default row ids; ``uri`` is where to
+    read. ``fingerprint`` pins the bytes of the whole input file (ETag, or size and mtime).
+    ``row_groups`` are the row groups to read, ``first_row`` the index in the file of the first of
+    ``num_rows`` rows.
+    """
+
+    number: int
+    path: str
+    uri: str
+    size_bytes: int
+    fingerprint: str
+    row_groups: tuple[int, ...]
+    first_row: int
+    num_rows: int
+
+    @property
+    def name(self) -> str:
+        """What people read in messages and logs, e.g. ``000012 (2024/a.parquet)``."""
+        return f"{self.number:06d} ({self.path})"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard given to a worker. ``epoch`` counts the drivers of the run; ``attempt`` is unique."""
+
+    shard: Shard
+    epoch: int
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input record. ``ordinal`` counts inside the shard, ``index`` inside the file.
+
+    ``values`` holds the columns that the prompt and the overrides need, as Python values.
+    """
+
+    ordinal: int
+    index: int
+    id: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished sample of one row, as it goes to the journal and to the output.
+
+    Token counts are those of the output's columns; ``error`` is set exactly when
+    ``finish_reason`` is ``error``, and then both texts are null.
+    """
+
+    ordinal: int
+    sample: int
+    id: str
+    completion: str | None
+    reasoning: str | None
+    finish_reason: FinishReason
+    prompt_tokens: int = 0
+    reasoning_tokens: int = 0
+    completion_tokens: int = 0
+    thinking_budget_hit: bool = False
+    error: str | None = None
+    logprobs: tuple[float | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Sums over rows and samples. ``rows`` counts input rows, ``failed_rows`` those among them
+    of which a sample has an error; tokens are sums over samples."""
+
+    rows: int = 0
+    failed_rows: int = 0
+    prompt_tokens: int = 0
+    reasoning_tokens: int = 0
+    completion_tokens: int = 0
+    thinking_budget_hits: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.rows + other.rows,
+            self.failed_rows + other.failed_rows,
+            self.prompt_tokens + other.prompt_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.thinking_budget_hits + other.thinking_budget_hits,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A published part: what its commit record and the run's manifest say of it."""
+
+    shard: int
+    name: str
+    attempt: str
+    size_bytes: int
+    sha256: str
+    num_rows: int
+    counts: Counts = field(default_factory=Counts)
