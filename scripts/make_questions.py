@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import tiny_problems as tp  # noqa: E402  (a sibling script, not an installed package)
+import tiny_problems as tp
 
 SPLITS = {"held-out": True, "train": False, "any": None}
 

@@ -360,7 +360,9 @@ def off_task_text(rng: Random) -> str:
     return frame.format(e=rng.choice("+-").join(str(n) for n in large))
 
 
-def draw_example(rng: Random, *, held_out: bool | None, max_operands: int = MAX_OPERANDS) -> Example:
+def draw_example(
+    rng: Random, *, held_out: bool | None, max_operands: int = MAX_OPERANDS
+) -> Example:
     """One training example: mostly sums, a few refusals, noise and earlier turns."""
     draw = rng.random()
     if draw < 0.35:

@@ -35,10 +35,10 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402  (after the environment variable above)
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers import (  # noqa: E402
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import (
     Regex,
     Tokenizer,
     decoders,
@@ -47,10 +47,10 @@ from tokenizers import (  # noqa: E402
     processors,
     trainers,
 )
-from torch import Tensor  # noqa: E402
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import tiny_problems as tp  # noqa: E402  (a sibling script, not an installed package)
+import tiny_problems as tp
 
 Params = dict[str, Tensor]
 Cache = dict[int, dict[str, Tensor]]
@@ -460,7 +460,7 @@ def train(args: argparse.Namespace, encoder: Encoder, vocabulary: int) -> Params
 
     stream = batches(Random(args.seed), encoder, max_operands, args.batch_tokens)
     start, seen, report = time.monotonic(), 0, defaultdict(float)
-    for step in range(args.steps):  # noqa: B007  (the two schedules above read it)
+    for step in range(args.steps):
         ids, labels = next(stream)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate()
@@ -614,8 +614,10 @@ def variants(count: int) -> dict[str, list[tp.Example]]:
     )
     kinds["ordinary words around"] = ask(lambda p: tp.surround(rng, tp.phrase(rng, p)))
     kinds["held-out words around"] = ask(
-        lambda p: f"{rng.choice(tp.HELD_OUT_PREFIXES)} {tp.phrase(rng, p)} "
-        f"{rng.choice(tp.HELD_OUT_SUFFIXES)}"
+        lambda p: (
+            f"{rng.choice(tp.HELD_OUT_PREFIXES)} {tp.phrase(rng, p)} "
+            f"{rng.choice(tp.HELD_OUT_SUFFIXES)}"
+        )
     )
     kinds["stray tags in the text"] = ask(lambda p: tp.add_stray_word(rng, tp.phrase(rng, p)))
     for system in (*tp.SYSTEM_TEXTS[1:], *tp.HELD_OUT_SYSTEM_TEXTS):
