@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Install what the GPU path needs: the Triton kernels of mamba-ssm. No CUDA compiler is used.
+#
+#   bash scripts/install_gpu.sh    into .venv, or into the virtual environment that is active
+#
+# Both packages are source archives whose CUDA extensions are skipped: batchrun uses only the
+# kernels that are written in Triton, which are compiled when they are first called. Their declared
+# requirements beyond einops serve other models, hence --no-deps; they import torch while they are
+# built, hence --no-build-isolation.
+set -euo pipefail
+# shellcheck source=scripts/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+if [ -n "${VIRTUAL_ENV:-}" ] && [ "$VIRTUAL_ENV" != "$root/.venv" ]; then
+  venv_python="$VIRTUAL_ENV/bin/python"
+  "$venv_python" -c 'import batchrun, torch' 2>/dev/null ||
+    fail "the active virtual environment $VIRTUAL_ENV has no batchrun" \
+      "pip install -c constraints.txt -e '.[gpu]' in it first, or deactivate it to use .venv"
+else
+  prepare_venv gpu
+fi
+
+cuda="$("$venv_python" -c 'import torch; print(torch.version.cuda or "")')"
+if [ -z "$cuda" ]; then
+  fail "torch in $("$venv_python" -c 'import sys; print(sys.prefix)') is a CPU build" \
+    "install the CUDA build of the same version (see constraints.txt) and run this again"
+fi
+
+pip=("$venv_python" -m pip install --quiet --disable-pip-version-check
+  --constraint "$root/constraints.txt")
+"${pip[@]}" einops ninja packaging setuptools wheel
+MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+  CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+  "${pip[@]}" --no-build-isolation --no-deps causal-conv1d mamba-ssm
+
+echo "Installed for CUDA $cuda. What this machine has:"
+exec "$venv_python" -m batchrun doctor

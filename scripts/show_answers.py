@@ -1,0 +1,99 @@
+"""Show some answers of a run with their reasoning, and how many are right.
+
+    python scripts/show_answers.py out/demo
+
+OUTPUT is read as any Parquet dataset is; its columns ``prompt`` and ``answer`` are those of the
+input, carried through by ``input.columns``. An answer is right when the completion equals it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+
+COLUMNS = [
+    "id", "prompt", "answer", "completion", "reasoning", "finish_reason",
+    "reasoning_tokens", "completion_tokens", "thinking_budget_hit", "error",
+]  # fmt: skip
+
+
+def read_rows(output: Path) -> list[dict[str, Any]]:
+    """All rows of a run's output, in the order of the input."""
+    dataset = ds.dataset(str(output), format="parquet")
+    missing = [name for name in COLUMNS if name not in dataset.schema.names]
+    if missing:
+        raise SystemExit(
+            f"error: {output} has no column {', '.join(missing)}\n"
+            "hint: carry the question and its answer with input.columns: [prompt, answer]"
+        )
+    return dataset.to_table(columns=COLUMNS).to_pylist()
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether the completion is the expected answer."""
+    return row["completion"] is not None and row["completion"].strip() == row["answer"].strip()
+
+
+def pick(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """A handful spread over the run, the last one a wrong answer where there is any."""
+    picked = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+    wrong = [row for row in rows if not is_right(row)]
+    if wrong and all(is_right(row) for row in picked):
+        picked[-1] = wrong[0]
+    return picked
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One answer as a person reads it."""
+    verdict = "right" if is_right(row) else f"wrong, it is {row['answer']}"
+    lines = [f"{row['id']}  {row['prompt']}"]
+    if row["error"]:
+        return "\n".join([*lines, f"  error      {row['error']}"])
+    if row["reasoning"]:
+        trace = textwrap.indent(row["reasoning"].rstrip("\n"), " " * 13).lstrip()
+        lines.append(f"  reasoning  {trace}")
+    if row["thinking_budget_hit"]:
+        lines.append("             (cut: the thinking budget was used up)")
+    lines.append(f"  answer     {row['completion']}   ({verdict})")
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The closing line: accuracy and what it took."""
+    right = sum(map(is_right, rows))
+    reasoning = sum(row["reasoning_tokens"] or 0 for row in rows)
+    answers = sum(row["completion_tokens"] or 0 for row in rows)
+    hits = sum(bool(row["thinking_budget_hit"]) for row in rows)
+    failed = sum(row["error"] is not None for row in rows)
+    return (
+        f"accuracy: {right} of {len(rows)} right ({right / len(rows):.1%}); "
+        f"{reasoning} reasoning and {answers} completion tokens, "
+        f"{hits} thinking budget hits, {failed} failed rows"
+    )
+
+
+def main() -> None:
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(description="Show answers of a run and how many are right.")
+    parser.add_argument("output", type=Path, help="the run's output folder")
+    parser.add_argument("--count", type=int, default=6, help="how many answers to show")
+    args = parser.parse_args()
+    if not args.output.is_dir():
+        raise SystemExit(f"error: {args.output} is not a folder\nhint: run scripts/demo.sh first")
+    rows = read_rows(args.output)
+    if not rows:
+        sys.exit(f"error: {args.output} holds no rows yet\nhint: see batchrun status {args.output}")
+    print(f"\n{args.count} of {len(rows)} answers in {args.output}\n")
+    for row in pick(rows, max(1, args.count)):
+        print(format_row(row) + "\n")
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()
