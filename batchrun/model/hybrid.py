@@ -1,0 +1,96 @@
+"""The model: embeddings, a stack of layers of three kinds, a norm, logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from batchrun.model.attention import Attention
+from batchrun.model.batch import Batch
+from batchrun.model.config import LayerKind, ModelConfig
+from batchrun.model.layers import MLP, RMSNorm
+from batchrun.model.layout import lay_out
+from batchrun.model.mamba2 import Mamba2Mixer
+from batchrun.model.ops import Ops, select_ops
+from batchrun.model.state import State
+
+
+class Layer(nn.Module):
+    """``h + mixer(norm(h))``, where the mixer is a Mamba-2 layer, an attention or an MLP.
+
+    One mixer a layer: a layer of attention is not followed by its own MLP, as in a transformer.
+    """
+
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer: Mamba2Mixer | Attention | MLP
+        match kind:
+            case LayerKind.MAMBA:
+                self.mixer = Mamba2Mixer(config)
+            case LayerKind.ATTENTION:
+                self.mixer = Attention(config)
+            case LayerKind.MLP:
+                self.mixer = MLP(config)
+
+
+class Backbone(nn.Module):
+    """All but the logits: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, batch: Batch, state: State, ops: Ops) -> Tensor:
+        """Hidden states [T, hidden] of all tokens, before the last norm."""
+        layout = lay_out(batch, self.config, state.block_size)
+        h: Tensor = self.embeddings(batch.token_ids)  # [T, hidden]
+        mamba = attention = 0  # layers of each kind so far: their place in the pools
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            u = layer.norm(h)
+            match layer.mixer:
+                case Mamba2Mixer() as mixer:
+                    h = h + mixer(u, layout, state.conv[mamba], state.ssm[mamba], ops)
+                    mamba += 1
+                case Attention() as mixer:
+                    keys, values = state.keys[attention], state.values[attention]
+                    h = h + mixer(u, layout.attention, keys, values, ops)
+                    attention += 1
+                case MLP() as mixer:
+                    h = h + mixer(u)
+        return h
+
+
+class NemotronH(nn.Module):
+    """A Nemotron-H language model.
+
+    Parameters carry the names of published checkpoints (``backbone.layers.0.mixer.in_proj.weight``
+    and so on). Built under ``torch.device("meta")`` it allocates nothing. With
+    ``tie_word_embeddings`` the logits are made by the embeddings, and there is no ``lm_head``.
+    ``ops`` overrides the operators that :func:`select_ops` would choose for the device.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.backbone = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, state: State) -> Tensor:
+        """Run one step: float32 logits [L, vocab] at ``batch.logit_rows``.
+
+        ``state`` is updated in place. One signature for everything: a whole prompt, a part of one
+        from where the state stands, one token of each of many sequences, or all of that at once.
+        """
+        ops = self.ops or select_ops(batch.token_ids.device).ops
+        h = self.backbone(batch, state, ops)
+        h = self.backbone.norm_f(h[batch.logit_rows])  # [L, hidden]
+        head = self.backbone.embeddings if self.config.tie_word_embeddings else self.lm_head
+        return torch.nn.functional.linear(h, head.weight).float()
