@@ -23,8 +23,11 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"prompts"}),
     frozenset({"coordinator", "data", "engine"}),
     frozenset({"model"}),
-    frozenset({"job", "metrics", "logs"}),
+    frozenset({"job", "metrics"}),
+    frozenset({"jobproblems", "jobrules"}),
     frozenset({"jobfile", "records"}),
+    frozenset({"jobscalars", "wording"}),
+    frozenset({"logs"}),
     frozenset({"errors"}),
 )
 

@@ -1,0 +1,119 @@
+"""From a place where the job's schema does not hold to a message that a person can act on.
+
+Works on the JSON Schema alone, so that what a key may be is said in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchrun.jobfile import KeyPath
+from batchrun.wording import expectation, nearest, shown
+
+
+def explain(
+    key: KeyPath, kind: str, raw: Mapping[str, Any], schema: Mapping[str, Any]
+) -> tuple[str, str]:
+    """What is wrong with the value at ``key`` of ``raw``, and how to mend it.
+
+    ``kind`` is ``missing``, ``extra_forbidden`` or anything else for a value that cannot be;
+    ``schema`` is that of the whole job.
+    """
+    if kind == "extra_forbidden":
+        return "no such key", _similar_key(key, schema)
+    part = schema_of(key, schema)
+    expected = expectation(part)
+    if kind == "missing":
+        return "is missing", f"give {expected}"
+    value: Any = raw
+    for step in key:
+        value = value[step]
+    return f"must be {expected}, not {shown(value)}", _mend(key, value, part)
+
+
+def _mend(key: KeyPath, value: object, schema: Mapping[str, Any]) -> str:
+    name = str(key[-1])
+    if isinstance(value, str):
+        options = schema.get("anyOf", [schema])
+        words = [str(w) for o in options for w in (*o.get("enum", ()), o.get("const", ())) if w]
+        if close := nearest(value, words):
+            return f"did you mean {close}?"
+        kinds = {option.get("type") for option in options}
+        if kinds & {"integer", "number"} and value.strip().lstrip("+-").replace(".", "").isdigit():
+            return f"write {value.strip()} without quotes"
+        if "boolean" in kinds and value.lower() in ("true", "false"):
+            return f"write {value.lower()} without quotes"
+    if isinstance(value, bool | int | float) and schema.get("type") == "string":
+        return f'write it in quotes: {name}: "{shown(value)}"'
+    if "default" in schema and schema["default"] is not None:
+        default = schema["default"]
+        return f"the default is {shown(default) if not isinstance(default, str) else default}"
+    if isinstance(value, str) and schema.get("type") == "array":
+        return f"write a list: {name}: [{value}]"
+    if "properties" in schema:
+        return f"put its keys below it, indented: {', '.join(list(schema['properties'])[:3])}, …"
+    return "delete the key for the default" if "default" in schema else "mend the value"
+
+
+def _similar_key(key: KeyPath, schema: Mapping[str, Any]) -> str:
+    name = str(key[-1])
+    siblings = schema_of(key[:-1], schema).get("properties", {})
+    if close := nearest(name, siblings):
+        return f"did you mean {close}?"
+    sections = schema["properties"]
+    for section in sections:
+        if name in schema_of((section,), schema).get("properties", {}):
+            return f"did you mean {section}.{name}?"
+    if close := nearest(name, sections):
+        return f"did you mean {close}, at the left margin?"
+    return f"delete it; the keys here are {', '.join(siblings)}"
+
+
+def schema_of(key: KeyPath, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the job's JSON Schema that describes ``key``; empty below free mappings."""
+    definitions = schema["$defs"]
+    part: dict[str, Any] = dict(schema)
+    for step in key:
+        candidates = [part, *part.get("anyOf", ())]
+        part = {}
+        for candidate in candidates:
+            candidate = _resolved(candidate, definitions)
+            if isinstance(step, int) and "items" in candidate:
+                part = candidate["items"]
+            elif isinstance(step, str) and step in candidate.get("properties", {}):
+                part = candidate["properties"][step]
+        part = _resolved(part, definitions)
+    return part
+
+
+def _resolved(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return {**definitions[name], **schema} if name else schema
+
+
+def repair(raw: dict[str, Any], key: KeyPath) -> None:
+    """Take the wrong value at ``key`` out; a required key gets a stand-in."""
+    if not key:
+        raw.clear()
+        return
+    section: Any = raw
+    for part in key[:-1]:
+        try:
+            section = section[part]
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(section, list):
+        # The list as a whole falls back to its default, or its other items would move.
+        repair(raw, key[:-1])
+        return
+    if not isinstance(section, dict):
+        return
+    section.pop(key[-1], None)
+    if (len(key) == 2 and key[1] == "path") or key[:2] == ("resources", "workers"):
+        if key[0] in ("model", "input", "output"):
+            section["path"] = "?"
+        else:
+            raw["resources"].pop("workers", None)
+    elif len(key) == 1 and key[0] in ("model", "input", "output"):
+        section[str(key[0])] = {}

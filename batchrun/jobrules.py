@@ -1,0 +1,280 @@
+"""The rules of the job file that bind several keys, or that types cannot say.
+
+Each rule is a generator over a job whose single values are valid. What it yields names the keys
+that it read, so that a rule stays silent where one of them was wrong already.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from batchrun.logs import names_a_secret, redact
+from batchrun.wording import nearest, shown
+
+Values = Mapping[str, Any]
+
+RESERVED_COLUMNS = (
+    "id",
+    "sample",
+    "completion",
+    "reasoning",
+    "finish_reason",
+    "prompt_tokens",
+    "reasoning_tokens",
+    "completion_tokens",
+    "thinking_budget_hit",
+    "error",
+    "tool_calls",
+    "logprobs",
+    "correct",
+)
+
+OUTPUT_SCHEMES = ("s3", "gs", "file")
+
+_ABSENT = "is not available in this version"
+_CREDENTIALS = (
+    "credentials come from the environment (AWS_ACCESS_KEY_ID, …), a profile or the instance role"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A rule that a job breaks: at which key, why, how to mend it, and which keys it read."""
+
+    key: tuple[str | int, ...]
+    message: str
+    hint: str
+    reads: tuple[str, ...] = ()
+
+
+def violations(job: Values) -> Iterator[Violation]:
+    """Every rule that ``job``, a dump of :class:`batchrun.job.Job`, breaks."""
+    yield from _not_built_yet(job)
+    yield from _prompt_source(job)
+    yield from _columns(job)
+    yield from _tokens(job)
+    yield from _resources(job)
+    yield from _output_place(job)
+
+
+def _not_built_yet(job: Values) -> Iterator[Violation]:
+    model, generation = job["model"], job["generation"]
+
+    def absent(key: str, what: str, hint: str) -> Violation:
+        return Violation(tuple(key.split(".")), f"{what} {_ABSENT}", hint, (key,))
+
+    if model["quantization"] != "none":
+        yield absent("model.quantization", f"{model['quantization']} quantization", "write none")
+    if model["kv_dtype"] == "int8":
+        yield absent("model.kv_dtype", "an int8 KV cache", "write auto")
+    if model["kv_dtype"] == "bfloat16" and model["dtype"] != "bfloat16":
+        yield Violation(
+            ("model", "kv_dtype"),
+            f"a KV cache in another type than model.dtype ({model['dtype']}) {_ABSENT}",
+            "write auto, or set model.dtype to bfloat16 too",
+            ("model.dtype",),
+        )
+    if generation["response_format"] is not None:
+        yield absent("generation.response_format", "constrained output", "delete the key")
+    if generation["tools"]:
+        yield absent("generation.tools", "tool calling", "delete the key")
+    if job["evaluate"] is not None:
+        yield absent("evaluate", "scoring of answers", "delete the key")
+    if job["schedule"] is not None:
+        yield absent("schedule", "scheduling", "delete the key, and submit from cron")
+    if job["errors"]["canary_rows"]:
+        yield absent("errors.canary_rows", "a canary", "write 0")
+    for name in ("max_hours", "max_tokens", "max_cost"):
+        if job["limits"][name] is not None:
+            yield absent(f"limits.{name}", "a limit of the run", "write null")
+    if job["checkpoint"]["interval_s"] != 30:
+        yield absent("checkpoint.interval_s", "another interval than 30", "delete the key")
+
+
+def _prompt_source(job: Values) -> Iterator[Violation]:
+    keys = ("prompt_column", "messages_column", "template")
+    given = [key for key in keys if job["input"][key] is not None]
+    reads = tuple(f"input.{key}" for key in keys)
+    if not given:
+        yield Violation(
+            ("input",),
+            "says nowhere what a row's prompt is",
+            "give one of prompt_column, messages_column or template",
+            reads,
+        )
+    if len(given) > 1:
+        for key in given[1:]:
+            yield Violation(
+                ("input", key),
+                f"stands beside {given[0]}, but a row has one prompt",
+                f"keep one of {' and '.join(given)}",
+                reads,
+            )
+
+
+def _columns(job: Values) -> Iterator[Violation]:
+    for key, names in (
+        ("columns", job["input"]["columns"]),
+        ("overrides", job["input"]["overrides"]),
+    ):
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Violation(("input", key, index), f"names {name} twice", "delete one of them")
+    for index, name in enumerate(job["input"]["columns"]):
+        if name in RESERVED_COLUMNS:
+            yield Violation(
+                ("input", "columns", index),
+                f"{name} is a column that every output has",
+                "rename the column in the input, or do not carry it through",
+            )
+
+
+def _tokens(job: Values) -> Iterator[Violation]:
+    generation = job["generation"]
+    most = generation["max_tokens"]
+    reads = ("generation.max_tokens",)
+    if generation["answer_reserve"] != "auto" and generation["answer_reserve"] >= most:
+        yield Violation(
+            ("generation", "answer_reserve"),
+            f"must be less than max_tokens ({most}), not {generation['answer_reserve']}",
+            "lower it, or write auto",
+            reads,
+        )
+    budget = generation["max_thinking_tokens"]
+    if budget is not None and budget > most and "max_tokens" not in job["input"]["overrides"]:
+        yield Violation(
+            ("generation", "max_thinking_tokens"),
+            f"is {budget}, more than max_tokens ({most}), which reasoning counts toward",
+            "raise max_tokens, or lower the thinking budget",
+            reads,
+        )
+    if job["model"]["max_model_len"] is not None and most >= job["model"]["max_model_len"]:
+        yield Violation(
+            ("generation", "max_tokens"),
+            f"is {most}, which leaves no room for a prompt in model.max_model_len "
+            f"({job['model']['max_model_len']})",
+            "lower max_tokens, or raise max_model_len",
+            ("model.max_model_len",),
+        )
+
+
+def _resources(job: Values) -> Iterator[Violation]:
+    resources = job["resources"]
+    workers = resources["workers"]
+    if not isinstance(workers, int):
+        if workers["min"] > workers["max"]:
+            yield Violation(
+                ("resources", "workers"),
+                f"min ({workers['min']}) is more than max ({workers['max']})",
+                "exchange them",
+            )
+        elif workers["min"] != workers["max"]:
+            yield Violation(
+                ("resources", "workers"),
+                f"a range of workers {_ABSENT}",
+                f"write one number, for example workers: {workers['min']}",
+            )
+    if resources["accelerator_type"] is not None and resources["gpus_per_worker"] == 0:
+        yield Violation(
+            ("resources", "accelerator_type"),
+            f"asks for {shown(resources['accelerator_type'])[9:]} while gpus_per_worker is 0",
+            "delete accelerator_type, or write gpus_per_worker: auto",
+            ("resources.gpus_per_worker",),
+        )
+
+
+def _output_place(job: Values) -> Iterator[Violation]:
+    scheme = _scheme(job["output"]["path"])
+    if scheme and scheme not in OUTPUT_SCHEMES:
+        close = nearest(scheme, OUTPUT_SCHEMES)
+        hint = f"did you mean {close}://?" if close else "write a local folder, s3://… or gs://…"
+        message = f"{scheme}:// cannot hold an output, which needs an atomic create"
+        yield Violation(("output", "path"), message, hint)
+        return
+    output = _place(job["output"]["path"])
+    paths = (
+        (job["input"]["path"],) if isinstance(job["input"]["path"], str) else job["input"]["path"]
+    )
+    for path in paths:
+        base, pattern = _split_glob(_place(path))
+        if pattern and not (base + "/").startswith(output + "/"):
+            # Of a folder that a glob looks into, only what the glob matches is input.
+            inside = _matches(output + "/part-000000-00000000.parquet", base + "/" + pattern)
+        else:
+            inside = (output + "/").startswith(base + "/")
+        around = (base + "/").startswith(output + "/")
+        if not inside and not around:
+            continue
+        relation = "is the input itself"
+        if output != base:
+            relation = "lies inside the input" if inside else "holds the input"
+        yield Violation(
+            ("output", "path"),
+            f"{relation} ({printable_path(path)}), so parts and prompts would be mixed up",
+            "write to a folder of its own",
+            ("input.path",),
+        )
+        return
+
+
+def secrets(raw: object, key: tuple[str | int, ...] = ()) -> Iterator[Violation]:
+    """Credentials that stand in the job's values. Their text is not repeated."""
+    if key in (("input", "template"), ("input", "system")) or key[:1] == ("generation",):
+        return
+    match raw:
+        case Mapping():
+            for name, value in raw.items():
+                inner = (*key, str(name))
+                is_option = "storage_options" in key or "runtime_env" in key
+                if is_option and isinstance(value, str) and value and names_a_secret(str(name)):
+                    yield Violation(inner, "is a credential, and a job holds none", _CREDENTIALS)
+                else:
+                    yield from secrets(value, inner)
+        case list() | tuple():
+            for index, value in enumerate(raw):
+                yield from secrets(value, (*key, index))
+        case str() if redact(raw) != raw:
+            yield Violation(key, "holds a credential, and a job holds none", _CREDENTIALS)
+
+
+def printable_path(path: str) -> str:
+    """A path or URL as a message shows it."""
+    return shown(path)[10:-1]
+
+
+def _scheme(path: str) -> str:
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+    return match[1].lower() if match else ""
+
+
+def _place(path: str) -> str:
+    """One spelling a place, so that two can be compared: no dots, no trailing slash."""
+    scheme = _scheme(path)
+    if scheme in ("", "file"):
+        local = urlsplit(path).path if scheme else path
+        return os.path.realpath(os.path.expanduser(local)).rstrip("/")
+    scheme = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}.get(scheme, scheme)
+    rest = os.path.normpath(path.partition("://")[2]).lstrip("/")
+    return f"{scheme}://{rest}"
+
+
+def _split_glob(place: str) -> tuple[str, str]:
+    """The folder above the first wildcard, and the pattern from there on."""
+    parts = place.split("/")
+    for index, part in enumerate(parts):
+        if any(c in part for c in "*?["):
+            return "/".join(parts[:index]), "/".join(parts[index:])
+    return place, ""
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if "**" in pattern:
+        return fnmatch.fnmatchcase(path, re.sub(r"/\*\*(/|$)", "/*", pattern))
+    parts, patterns = path.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))

@@ -1,0 +1,95 @@
+"""How messages name keys and values, and what a value should have been."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from batchrun.logs import printable, redact
+
+# Bounds that stand for "what an integer column holds" are no news to a person.
+_HUGE = 2**31 - 1
+
+
+def dotted(key: Iterable[str | int]) -> str:
+    """The key path as messages write it: ``input.columns[1]``."""
+    text = ""
+    for part in key:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += ("." if text else "") + part
+    return printable(text)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The closest of ``words``, or an empty text when none is close."""
+    close = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.6)
+    return close[0] if close else ""
+
+
+def shown(value: object) -> str:
+    """A value of the job file as a message shows it: short, with its type, without secrets."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return str(value)
+        case str():
+            text = printable(redact(value))
+            return f"the text '{text[:60]}…'" if len(text) > 60 else f"the text '{text}'"
+        case Mapping():
+            return "a mapping"
+        case Sequence():
+            return "a list" if value else "an empty list"
+        case _:
+            return f"a value of type {type(value).__name__}"
+
+
+def join_or(words: Sequence[str]) -> str:
+    """``a, b or c``."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"
+
+
+def expectation(schema: Mapping[str, Any]) -> str:
+    """What a JSON Schema asks of a value, in words: ``a whole number of at least 1, or null``."""
+    match schema:
+        case {"anyOf": list() as options}:
+            return join_or([expectation(option) for option in options])
+        case {"const": value}:
+            return str(value)
+        case {"enum": list() as values}:
+            return join_or([str(value) for value in values])
+        case {"type": "integer" | "number" as kind}:
+            return _number(schema, "whole number" if kind == "integer" else "number")
+        case {"type": "string"}:
+            return "a text that is not empty" if "minLength" in schema else "a text"
+        case {"type": "boolean"}:
+            return "true or false"
+        case {"type": "null"}:
+            return "null"
+        case {"type": "array"}:
+            items = schema.get("items", {})
+            of = {"string": " of texts", "object": " of mappings"}.get(items.get("type", ""), "")
+            return f"a list{of}"
+        case _:
+            return "a mapping"
+
+
+def _number(schema: Mapping[str, Any], noun: str) -> str:
+    bounds = []
+    if (least := schema.get("minimum")) is not None and least > -_HUGE:
+        bounds.append(f"at least {least:g}")
+    if (above := schema.get("exclusiveMinimum")) is not None:
+        bounds.append(f"above {above:g}")
+    if (most := schema.get("maximum")) is not None and most < _HUGE:
+        bounds.append(f"at most {most:g}")
+    if (below := schema.get("exclusiveMaximum")) is not None and below < _HUGE:
+        bounds.append(f"below {below:g}")
+    if not bounds:
+        return f"a {noun}"
+    of = "of " if bounds[0].startswith("at") else ""
+    return f"a {noun} {of}" + " and ".join(bounds)
