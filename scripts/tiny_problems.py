@@ -42,6 +42,14 @@ EXPRESSION_PHRASINGS: tuple[str, ...] = (
     "Work out {e}, please.",
     "Tell me the value of {e}.",
     "I have to know what {e} is.",
+    "What is the value of {e}?",
+    "Evaluate {e}",
+    "Find {e}.",
+    "{e} is what?",
+    "Let's compute {e}.",
+    "Here's one for you: {e}",
+    "Q: {e}\nA:",
+    "The following should be worked out: {e}",
 )
 LIST_PHRASINGS: tuple[str, ...] = (
     "Add {l}.",
@@ -49,6 +57,28 @@ LIST_PHRASINGS: tuple[str, ...] = (
     "Find the total of {l}.",
     "Sum up {l}",
     "{l}: what is their sum?",
+    "Add these numbers: {l}",
+    "Total of {l}?",
+    "Here are some numbers: {l}. What do they add up to?",
+    "My numbers: {l}. I'd like the sum, please.",
+    "Sum: {l}",
+)
+# A pure addition told as a story: an opening with the first number and the thing counted, a step
+# for each further number, a question.
+_STORY_THINGS = ("apples", "books", "coins", "cars", "cards", "eggs", "points", "letters")
+_STORY_OPENINGS = (
+    "I have {n} {t}",
+    "There are {n} {t}",
+    "If I have {n} {t}",
+    "She had {n} {t}",
+    "A shop has {n} {t}",
+)
+_STORY_STEPS = ("get {n} more", "{n} more come", "find {n} more", "buy {n} {t}", "add {n}")
+_STORY_QUESTIONS = (
+    "How many {t} are there?",
+    "How many are there now?",
+    "What is the total?",
+    "How many {t} is that?",
 )
 HELD_OUT_EXPRESSION_PHRASINGS: tuple[str, ...] = (
     "Give me the result of {e}.",
@@ -246,7 +276,7 @@ def draw_problem(
     held_out: bool | None,
     operands: tuple[int, int] = (MIN_OPERANDS, MAX_OPERANDS),
     digits: str = "mixed",
-    subtraction: float = 0.2,
+    subtraction: float = 0.35,
 ) -> Problem:
     """Draw until the problem is of the wanted side of the split (``None``: either).
 
@@ -289,14 +319,27 @@ def phrase(
     lists: Sequence[str] = LIST_PHRASINGS,
 ) -> str:
     """Ask for a problem in one of the given phrasings; ``plain`` writes ``37+85`` tightly."""
+    numbers = [str(n) for n in problem.operands]
+    if not plain and lists is LIST_PHRASINGS and problem.is_addition and rng.random() < 0.08:
+        return _tell_story(rng, numbers)
     frames = [*expressions, *lists] if problem.is_addition else expressions
     frame = rng.choice(frames)
-    numbers = [str(n) for n in problem.operands]
     if frame.startswith("Add ") and len(numbers) == 2 and rng.random() < 0.3:
         return f"Add {numbers[0]} to {numbers[1]}."
-    comma = " and " if rng.random() < 0.8 else ", "
-    listed = ", ".join(numbers[:-1]) + comma + numbers[-1]
+    between = ", " if plain or rng.random() < 0.8 else rng.choice((" ", " and ", "; ", "\n", ","))
+    last = " and " if between == ", " and rng.random() < 0.8 else between
+    listed = between.join(numbers[:-1]) + last + numbers[-1]
     return frame.format(e=_spell(rng, problem, plain), l=listed)
+
+
+def _tell_story(rng: Random, numbers: Sequence[str]) -> str:
+    """The numbers as things that are had, found and bought."""
+    thing = rng.choice(_STORY_THINGS)
+    comma = rng.choice((" and ", ", ", ", then ", ". Then "))
+    steps = [rng.choice(_STORY_OPENINGS).format(n=numbers[0], t=thing)]
+    steps += [rng.choice(_STORY_STEPS).format(n=n, t=thing) for n in numbers[1:]]
+    end = rng.choice((". ", ", so: ", ". "))
+    return comma.join(steps) + end + rng.choice(_STORY_QUESTIONS).format(t=thing)
 
 
 def _babble(rng: Random, words: int) -> str:
