@@ -25,7 +25,7 @@ if [ -z "$cuda" ]; then
     "install the CUDA build of the same version (see constraints.txt) and run this again"
 fi
 
-pip=("$venv_python" -m pip install --quiet --disable-pip-version-check
+pip=("$venv_python" -m pip install -qq --disable-pip-version-check
   --constraint "$root/constraints.txt")
 "${pip[@]}" einops ninja packaging setuptools wheel
 MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
