@@ -8,6 +8,7 @@
     ├── CheckpointError      2   the model's checkpoint cannot be used
     ├── OutputError          2   the output cannot be used: not writable, or of another job
     ├── ClusterError         2   the cluster cannot give what the job asks for
+    ├── RequestError         2   a call of the Python interface asks for what cannot be (ValueError)
     ├── TooManyFailuresError 3   finished, with more failed rows than the job allows
     ├── OutputHeldError      4   another live run holds the output
     ├── InterruptedRunError 75   stopped before the end; what is done is kept
@@ -89,6 +90,12 @@ class OutputError(BatchrunError):
 
 class ClusterError(BatchrunError):
     """The cluster has not what the job asks for."""
+
+    exit_code = 2
+
+
+class RequestError(BatchrunError, ValueError):
+    """A prompt or a sampling parameter given from Python cannot be used."""
 
     exit_code = 2
 

@@ -1,0 +1,385 @@
+"""The engine: requests in, outputs out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from batchrun.engine.blocks import Pool
+from batchrun.engine.chat import ChatTemplate
+from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, MemoryRequest, plan_memory
+from batchrun.engine.model_runner import ModelRunner
+from batchrun.engine.options import EngineOptions
+from batchrun.engine.params import SamplingParams
+from batchrun.engine.request import Output, Request, Timings
+from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.sequence import Sequence
+from batchrun.engine.thinking import ForcedClose, Thinking
+from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
+from batchrun.engine.transcript import Transcript
+from batchrun.model.checkpoint import expected_tensors
+from batchrun.model.config import ModelConfig, load_config
+from batchrun.model.hybrid import NemotronH
+from batchrun.model.weights import load_model
+from batchrun.records import ErrorKind, FinishReason, RowError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Facts for metrics. Slots and blocks now; the others since the engine was loaded."""
+
+    slots_used: int
+    slots_total: int
+    blocks_used: int
+    blocks_total: int
+    num_waiting: int
+    num_running: int
+    steps: int
+    step_seconds: float
+    last_step_seconds: float
+    prompt_tokens: int
+    sampled_tokens: int
+    forced_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a prompt is, summed over its samples: tokens sampled, and of how many at most."""
+
+    num_sampled: int
+    max_tokens: int
+
+
+class Engine:
+    """Generates for many requests at once; sequences join and leave at any step.
+
+    :meth:`load` it, :meth:`add` requests, call :meth:`step` until :attr:`num_unfinished` is 0.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        plan: MemoryPlan,
+        options: EngineOptions,
+        *,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        chat: ChatTemplate | None,
+        stop_ids: frozenset[int],
+        load_seconds: float = 0.0,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        """None for a checkpoint without tokenizer.json: drive it with token ids."""
+        self.chat = chat
+        """None for a checkpoint without a chat template."""
+        self.memory = plan
+        self.load_seconds = load_seconds
+        self.max_model_len = plan.max_model_len
+        self.max_sequences = plan.max_sequences
+        self.deterministic = options.deterministic
+        self._runner = runner
+        self._stop_ids = stop_ids
+        self._close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
+        vocab_size = config.vocab_size
+        self._output_bytes = (
+            [b""] * vocab_size if tokenizer is None else tokenizer.output_bytes(vocab_size)
+        )
+        self._slots = Pool("slot", plan.num_slots)
+        self._blocks = Pool("block", plan.num_blocks)
+        self._scheduler = Scheduler(
+            self._slots,
+            self._blocks,
+            block_size=BLOCK_SIZE,
+            uses_blocks=plan.blocks_per_sequence > 0,
+            max_batch_tokens=options.max_batch_tokens,
+            deterministic=options.deterministic,
+        )
+        self._sequences: dict[Hashable, dict[int, Sequence]] = {}
+        self._rejected: list[Output] = []
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._last_step_seconds = 0.0
+        self._prompt_tokens = 0
+        self._sampled_tokens = 0
+        self._forced_tokens = 0
+
+    @classmethod
+    def load(cls, folder: Path, options: EngineOptions | None = None) -> Engine:
+        """Load a checkpoint folder.
+
+        :raises CheckpointError: the checkpoint cannot be used, or does not fit into memory.
+        """
+        started = time.monotonic()
+        options = options or EngineOptions()
+        if options.deterministic:
+            torch.set_num_threads(1)  # a sum shared by threads depends on how many there are
+        elif options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        config = load_config(folder)
+        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+        chat = None
+        if tokenizer is not None and ChatTemplate.exists(folder):
+            chat = ChatTemplate.load(folder, tokenizer)
+        close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
+        device, dtype = options.torch_device, options.torch_dtype
+        plan = plan_memory(
+            config,
+            MemoryRequest(
+                memory_bytes=options.memory_bytes or options.free_memory_bytes(),
+                weight_bytes=_weight_bytes(config, dtype.itemsize),
+                dtype_bytes=dtype.itemsize,
+                state_dtype_bytes=options.torch_state_dtype.itemsize,
+                num_forced=0 if close is None else close.max_tokens,
+                max_batch_tokens=options.max_batch_tokens,
+                max_model_len=options.max_model_len,
+                max_sequences=options.max_sequences,
+                most_sequences=options.most_sequences,
+            ),
+        )
+        model: NemotronH = load_model(folder, config, dtype, device)
+        runner = ModelRunner(
+            model,
+            plan,
+            dtype=dtype,
+            state_dtype=options.torch_state_dtype,
+            device=device,
+            one_by_one=options.deterministic,
+        )
+        return cls(
+            runner,
+            plan,
+            options,
+            config=config,
+            tokenizer=tokenizer,
+            chat=chat,
+            stop_ids=load_stop_ids(folder),
+            load_seconds=time.monotonic() - started,
+        )
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot."""
+        return self._scheduler.num_running
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests whose output is still to come."""
+        return self.num_waiting + self.num_running + len(self._rejected)
+
+    def admission_error(self, num_prompt_tokens: int, params: SamplingParams) -> RowError | None:
+        """Why a prompt of so many tokens can never run, or None."""
+        limit = self.max_model_len
+        if num_prompt_tokens < 1:
+            return RowError(ErrorKind.INVALID_PROMPT, "the prompt has no tokens")
+        max_tokens = params.max_tokens
+        if max_tokens is None and num_prompt_tokens >= limit:
+            return RowError(
+                ErrorKind.TOO_LONG,
+                f"{num_prompt_tokens} prompt tokens leave nothing of max_model_len {limit}",
+            )
+        if max_tokens is not None and num_prompt_tokens + max_tokens > limit:
+            return RowError(
+                ErrorKind.TOO_LONG,
+                f"{num_prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
+                f"{num_prompt_tokens + max_tokens} > max_model_len {limit}",
+            )
+        return None
+
+    def add(self, request: Request) -> None:
+        """Queue a request. One that can never run comes out of the next step with its error.
+
+        :raises ValueError: (key, sample) is in the engine already.
+        """
+        if request.sample in self._sequences.get(request.key, {}):
+            raise ValueError(f"request {request.key!r}, sample {request.sample} is there already")
+        error = self._check(request)
+        if error is not None:
+            self._rejected.append(_error_output(request, error))
+            return
+        num_prompt = len(request.prompt_token_ids)
+        max_tokens = request.params.max_tokens or self.max_model_len - num_prompt
+        transcript = self._transcript(request, max_tokens)
+        num_forced = self._close.max_tokens if self._close is not None and request.thinking else 0
+        sequence = Sequence(
+            request,
+            transcript,
+            num_reserved=num_prompt + max_tokens + num_forced,
+            added_at=time.monotonic(),
+        )
+        self._sequences.setdefault(request.key, {})[request.sample] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, key: Hashable) -> int:
+        """Drop all samples of a key; they give no output.
+
+        :returns: how many sampled tokens are lost with them.
+        """
+        self._rejected = [output for output in self._rejected if output.key != key]
+        dropped = set(self._sequences.pop(key, {}).values())
+        if dropped:
+            self._scheduler.abort(dropped)
+        return sum(sequence.transcript.num_sampled for sequence in dropped)
+
+    def progress(self, key: Hashable) -> Progress | None:
+        """How far the unfinished samples of a key are; None when there are none."""
+        sequences = self._sequences.get(key, {}).values()
+        if not sequences:
+            return None
+        return Progress(
+            sum(s.transcript.num_sampled for s in sequences),
+            sum(s.transcript.max_tokens for s in sequences),
+        )
+
+    def step(self) -> list[Output]:
+        """Schedule, run, sample; the outputs of the sequences that ended."""
+        started = time.monotonic()
+        outputs, self._rejected = self._rejected, []
+        step = self._scheduler.schedule()
+        if not step:
+            return outputs
+        for sequence in step.admitted:
+            sequence.admitted_at = started
+            self._prompt_tokens += len(sequence.request.prompt_token_ids)
+        next_tokens = self._runner.run(step)
+        now = time.monotonic()
+        ended: set[Sequence] = set()
+        for token in next_tokens:
+            sequence = token.sequence
+            if sequence.first_token_at is None:
+                sequence.first_token_at = now
+            if not token.is_finite:
+                ended.add(sequence)
+                error = RowError(ErrorKind.ENGINE, "the model's logits are not finite numbers")
+                outputs.append(_error_output(sequence.request, error))
+                continue
+            sequence.append(token.token_id, token.logprob)
+            if sequence.transcript.finish_reason is not None:
+                ended.add(sequence)
+                outputs.append(_output(sequence, now))
+        self._sampled_tokens += len(next_tokens)
+        if ended:
+            self._finish(ended)
+        self._steps += 1
+        self._last_step_seconds = now - started
+        self._step_seconds += self._last_step_seconds
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Facts for metrics."""
+        return EngineStats(
+            slots_used=self._slots.num_used,
+            slots_total=self._slots.num_total,
+            blocks_used=self._blocks.num_used,
+            blocks_total=self._blocks.num_total,
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            last_step_seconds=self._last_step_seconds,
+            prompt_tokens=self._prompt_tokens,
+            sampled_tokens=self._sampled_tokens,
+            forced_tokens=self._forced_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Check that slots and blocks are held by exactly the running sequences.
+
+        :raises RuntimeError: they are not.
+        """
+        self._scheduler.check_integrity()
+
+    def _check(self, request: Request) -> RowError | None:
+        prompt = request.prompt_token_ids
+        if prompt and not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+            return RowError(
+                ErrorKind.INVALID_PROMPT,
+                f"a prompt token id is outside the vocabulary of {self.config.vocab_size}",
+            )
+        return self.admission_error(len(prompt), request.params)
+
+    def _transcript(self, request: Request, max_tokens: int) -> Transcript:
+        params = request.params
+        thinking = None
+        if request.thinking and self._close is not None:
+            thinking = Thinking(
+                self._close,
+                budget=params.max_thinking_tokens,
+                grace=params.thinking_grace,
+                latest=max_tokens - params.reserve_of(max_tokens),
+            )
+        own = frozenset() if params.ignore_eos else self._stop_ids
+        return Transcript(
+            self._output_bytes,
+            thinking,
+            stop_ids=own.union(params.stop_token_ids or ()),
+            stops=tuple(text.encode() for text in params.stop_strings),
+            max_tokens=max_tokens,
+            min_tokens=params.min_tokens,
+        )
+
+    def _finish(self, ended: set[Sequence]) -> None:
+        self._scheduler.finish(ended)
+        for sequence in ended:
+            request = sequence.request
+            self._forced_tokens += sequence.transcript.num_forced
+            samples = self._sequences[request.key]
+            del samples[request.sample]
+            if not samples:
+                del self._sequences[request.key]
+
+
+def _output(sequence: Sequence, now: float) -> Output:
+    request, transcript = sequence.request, sequence.transcript
+    assert transcript.finish_reason is not None
+    with_logprobs = request.params.logprobs is not None
+    return Output(
+        key=request.key,
+        sample=request.sample,
+        text=transcript.text(),
+        reasoning=transcript.reasoning(),
+        token_ids=tuple(transcript.token_ids),
+        finish_reason=transcript.finish_reason,
+        num_reasoning_tokens=transcript.num_reasoning_tokens,
+        num_completion_tokens=transcript.num_completion_tokens,
+        thinking_budget_hit=transcript.budget_hit,
+        logprobs=tuple(transcript.logprobs) if with_logprobs else None,
+        prompt_tokens=len(request.prompt_token_ids),
+        timings=Timings(
+            queued_s=(sequence.admitted_at or now) - sequence.added_at,
+            first_token_s=(sequence.first_token_at or now) - sequence.added_at,
+            total_s=now - sequence.added_at,
+        ),
+    )
+
+
+def _error_output(request: Request, error: RowError) -> Output:
+    return Output(
+        key=request.key,
+        sample=request.sample,
+        text="",
+        reasoning=None,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        prompt_tokens=len(request.prompt_token_ids),
+        error=error,
+    )
+
+
+def _weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    total = 0
+    for shape in expected_tensors(config).values():
+        size = dtype_bytes
+        for length in shape:
+            size *= length
+        total += size
+    return total

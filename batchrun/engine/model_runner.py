@@ -1,0 +1,144 @@
+"""Turns a scheduled step into tensors, runs the model and samples. Knows no queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan
+from batchrun.engine.sampler import Needs, Sampler, stream_key
+from batchrun.engine.scheduler import Chunk, Step
+from batchrun.engine.sequence import Sequence
+from batchrun.model.batch import Batch
+from batchrun.model.hybrid import NemotronH
+from batchrun.model.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """A sampled token. ``is_finite`` False: the logits held NaN or infinity, it means nothing."""
+
+    sequence: Sequence
+    token_id: int
+    logprob: float | None
+    is_finite: bool
+
+
+class ModelRunner:
+    """The model with its pools, and what each slot needs to be run and sampled."""
+
+    def __init__(
+        self,
+        model: NemotronH,
+        plan: MemoryPlan,
+        *,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        device: torch.device,
+        one_by_one: bool = False,
+    ) -> None:
+        """``one_by_one`` gives each sequence a forward pass of its own."""
+        self._model = model
+        self._device = device
+        self._one_by_one = one_by_one
+        self.state = State.allocate(
+            model.config, plan.num_slots, plan.num_blocks, BLOCK_SIZE, dtype, state_dtype, device
+        )
+        self._sampler = Sampler(plan.num_slots, model.config.vocab_size, device)
+        shape = (plan.num_slots, max(1, plan.blocks_per_sequence))
+        self._tables = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._uses_blocks = plan.blocks_per_sequence > 0
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[NextToken]:
+        """Run a step, advance its sequences, and sample for each whose tokens are all run."""
+        for sequence in step.admitted:
+            self._admit(sequence)
+        if not self._one_by_one:
+            return self._run(step.decodes, step.prefills)
+        tokens = [token for sequence in step.decodes for token in self._run((sequence,), ())]
+        for chunk in step.prefills:
+            tokens += self._run((), (chunk,))
+        return tokens
+
+    def _run(self, decodes: tuple[Sequence, ...], prefills: tuple[Chunk, ...]) -> list[NextToken]:
+        num_decodes = len(decodes)
+        token_ids = [sequence.tokens[-1] for sequence in decodes]
+        context_lens = [sequence.num_context for sequence in decodes]
+        slots = [sequence.slot or 0 for sequence in decodes]
+        sampled = list(decodes)
+        logit_rows = list(range(num_decodes))
+        longest = 1 + max(context_lens, default=0)
+        for chunk in prefills:
+            sequence, start = chunk.sequence, chunk.sequence.num_context
+            fed = sequence.tokens[start : start + chunk.num_tokens]
+            if not sequence.is_in_prompt:
+                self._sampler.observe(sequence.slot or 0, fed)
+            token_ids += fed
+            context_lens.append(start)
+            slots.append(sequence.slot or 0)
+            longest = max(longest, start + chunk.num_tokens)
+            if chunk.is_final:
+                sampled.append(sequence)
+                logit_rows.append(len(token_ids) - 1)
+        slot_ids = torch.tensor(slots, device=self._device)  # [S]
+        width = -(-longest // BLOCK_SIZE) if self._uses_blocks else 1
+        rows = torch.tensor(logit_rows, dtype=torch.int64, device=self._device)  # [L]
+        batch = Batch(
+            token_ids=torch.tensor(token_ids, device=self._device),
+            num_decodes=num_decodes,
+            prefill_lens=tuple(chunk.num_tokens for chunk in prefills),
+            slots=slot_ids,
+            context_lens=tuple(context_lens),
+            block_tables=self._tables[slot_ids, :width],
+            logit_rows=rows,
+        )
+        logits = self._model(batch, self.state)  # [L, V]
+        for sequence in decodes:
+            sequence.num_context += 1
+        for chunk in prefills:
+            chunk.sequence.num_context += chunk.num_tokens
+        return self._sample(logits, sampled) if sampled else []
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[NextToken]:
+        params = [sequence.request.params for sequence in sequences]
+        counts = [sequence.transcript.num_sampled for sequence in sequences]
+        needs = Needs(
+            drawing=any(not p.greedy for p in params),
+            filtering=any(p.filtered and not p.greedy for p in params),
+            penalty=any(p.repetition_penalty != 1.0 for p in params),
+            logprobs=any(p.logprobs is not None for p in params),
+            banned=tuple(
+                (row, sorted(sequence.transcript.stop_ids))
+                for row, (sequence, p, count) in enumerate(
+                    zip(sequences, params, counts, strict=True)
+                )
+                if count < p.min_tokens and sequence.transcript.stop_ids
+            ),
+        )
+        result = self._sampler.sample(
+            logits,
+            torch.tensor([sequence.slot or 0 for sequence in sequences], device=self._device),
+            torch.tensor(counts, device=self._device),
+            torch.tensor([p.greedy for p in params], device=self._device),
+            needs,
+        )
+        logprobs = result.logprobs or [0.0] * len(sequences)
+        return [
+            NextToken(sequence, token_id, logprob if p.logprobs is not None else None, is_finite)
+            for sequence, p, token_id, logprob, is_finite in zip(
+                sequences, params, result.token_ids, logprobs, result.finite, strict=True
+            )
+        ]
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Set up the sequence's slot; whatever the last one left there is overwritten."""
+        slot = sequence.slot or 0
+        request = sequence.request
+        self._tables[slot] = 0
+        if sequence.blocks:
+            self._tables[slot, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+        self._sampler.admit(
+            slot, request.params, stream_key(request.seed, request.sample), sequence.tokens
+        )

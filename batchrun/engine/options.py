@@ -1,0 +1,84 @@
+"""How an engine is set up, as a person wrote it, and what that means on this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from batchrun.errors import RequestError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_GPU_SHARE = 0.92
+"""Of a GPU's memory; the rest is for the CUDA context and fragmentation."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of :meth:`~batchrun.engine.engine.Engine.load`.
+
+    ``dtype`` auto is bfloat16 on a GPU and float32 on a CPU; ``state_dtype`` auto is float32.
+    ``max_model_len`` bounds prompt + output; None = the checkpoint's, as far as memory holds one
+    sequence. ``max_sequences`` run at once at most; None = as many as are useful and fit.
+    ``max_batch_tokens`` go through the model in one step, beyond one for each decoding sequence.
+    ``deterministic`` makes the results of a sequence equal to the byte whatever runs beside it, at
+    a cost in speed. ``memory_bytes`` bounds what the engine uses; None = what is free, on a CPU
+    half of it. ``num_threads`` is torch's; None leaves it as it is.
+
+    :raises RequestError: a value that is not one of those named.
+    """
+
+    dtype: str = "auto"
+    state_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_sequences: int | None = None
+    max_batch_tokens: int = 2048
+    deterministic: bool = False
+    device: str = "auto"
+    memory_bytes: int | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "state_dtype"):
+            value = getattr(self, name)
+            if value != "auto" and value not in _DTYPES:
+                raise RequestError(f"{name} must be auto, bfloat16 or float32, not {value!r}")
+        for name in ("max_model_len", "max_sequences", "max_batch_tokens", "num_threads"):
+            value = getattr(self, name)
+            if value is None and name != "max_batch_tokens":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RequestError(f"{name} must be a positive whole number, not {value!r}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device: as named, else a GPU where there is one."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type of weights and activations."""
+        if self.dtype != "auto":
+            return _DTYPES[self.dtype]
+        return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+
+    @property
+    def torch_state_dtype(self) -> torch.dtype:
+        """The type of the SSM state."""
+        return torch.float32 if self.state_dtype == "auto" else _DTYPES[self.state_dtype]
+
+    @property
+    def most_sequences(self) -> int:
+        """Beyond so many at once a step only gets longer."""
+        return 256 if self.torch_device.type == "cuda" else 64
+
+    def free_memory_bytes(self) -> int:
+        """What the engine may use where nobody said."""
+        device = self.torch_device
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            return max(0, int(free - (1 - _GPU_SHARE) * total))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2

@@ -1,0 +1,62 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from batchrun.engine.params import SamplingParams
+from batchrun.records import FinishReason, RowError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample of one prompt.
+
+    ``key`` is the caller's name for the prompt; (key, sample) is unique among the requests in the
+    engine. ``seed`` (any integer, its low 64 bits count) and ``sample`` determine the random
+    numbers; ``params.seed`` and ``params.n`` are not looked at. ``thinking`` says that the prompt
+    leaves ``<think>`` open, so the output begins with reasoning.
+    """
+
+    key: Hashable
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0
+    sample: int = 0
+    thinking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of a sequence: in the queue, until its first sampled token, in all (since add)."""
+
+    queued_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A finished sample.
+
+    ``text`` is the completion, ``reasoning`` the trace before ``</think>`` (None when there is
+    none). ``token_ids`` are all tokens after the prompt, forced ones included; ``logprobs``, when
+    asked for, has one entry a token, None for a forced one. ``num_reasoning_tokens`` and
+    ``num_completion_tokens`` count sampled tokens, so forced ones are in neither. ``error`` is set
+    exactly when ``finish_reason`` is ``error``.
+    """
+
+    key: Hashable
+    sample: int
+    text: str
+    reasoning: str | None
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    num_reasoning_tokens: int = 0
+    num_completion_tokens: int = 0
+    thinking_budget_hit: bool = False
+    logprobs: tuple[float | None, ...] | None = None
+    prompt_tokens: int = 0
+    timings: Timings = Timings()
+    error: RowError | None = None

@@ -1,0 +1,183 @@
+"""Draws the next token of each sequence of a batch from its logits.
+
+Random numbers are counter-based: the one of a token depends on (seed, sample, position) alone, on
+every device, whatever else is in the batch. They are used by inverting the distribution in the
+order of the token ids, so that near ties between probabilities cannot reorder anything.
+
+Letters: L rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchrun.engine.params import SamplingParams
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def stream_key(seed: int, sample: int) -> int:
+    """The 64-bit key of a sample's random numbers, as a signed integer."""
+    key = _mix_int(_mix_int((seed + _GOLDEN) & _MASK64) + (sample + 1) * _GOLDEN)
+    return _signed(key)
+
+
+def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+    """Random numbers: keys [L] int64, positions [L] int64 -> [L] float64 in [0, 1).
+
+    SplitMix64's mixing of key + (position + 1) * golden ratio, in wrapping int64 arithmetic.
+    """
+    x = keys + (positions + 1) * _signed(_GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+    x = x ^ _shift(x, 31)
+    return _shift(x, 11).to(torch.float64) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What some row of a batch needs; what none needs is not computed.
+
+    ``banned`` are (row, token ids that it may not take yet).
+    """
+
+    drawing: bool = False
+    filtering: bool = False
+    penalty: bool = False
+    logprobs: bool = False
+    banned: tuple[tuple[int, AnySequence[int]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token a row: ids, whether all its logits were finite, log-probability if asked for."""
+
+    token_ids: list[int]
+    finite: list[bool]
+    logprobs: list[float] | None
+
+
+class Sampler:
+    """Keeps each slot's sampling parameters on the device, so that a step only gathers them."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._keys = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # [slots, 4] float32: temperature, top_p, min_p, repetition penalty
+        self._numbers = torch.ones(num_slots, 4, device=device)
+        self._seen: Tensor | None = None  # [slots, V] bool, once a request has a penalty
+
+    def admit(self, slot: int, params: SamplingParams, key: int, tokens: AnySequence[int]) -> None:
+        """Set up a slot. ``key`` is of :func:`stream_key`; ``tokens`` is the prompt."""
+        self._keys[slot] = key
+        self._top_k[slot] = params.top_k if params.top_k > 0 else self._vocab_size
+        temperature = 1.0 if params.greedy else params.temperature
+        self._numbers[slot] = torch.tensor(
+            [temperature, params.top_p, params.min_p, params.repetition_penalty]
+        )
+        if params.repetition_penalty != 1.0 and self._seen is None:
+            shape = (len(self._keys), self._vocab_size)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        if self._seen is not None:
+            self._seen[slot] = False
+            self.observe(slot, tokens)
+
+    def observe(self, slot: int, tokens: AnySequence[int]) -> None:
+        """Note tokens that were not sampled here (prompt, forced) for the repetition penalty."""
+        if self._seen is not None and tokens:
+            self._seen[slot, torch.tensor(tokens, device=self._device)] = True
+
+    def sample(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, greedy: Tensor, needs: Needs
+    ) -> Sampled:
+        """One token a row.
+
+        logits [L, V] float32, slots [L] int64, positions [L] int64 (tokens sampled before),
+        greedy [L] bool. Leaves the logits as they are.
+        """
+        adjusted = self._adjust(logits, slots, needs)
+        ids = adjusted.argmax(dim=-1)  # [L]
+        if needs.drawing:
+            drawing = (~greedy).nonzero().squeeze(1)  # [R] of the L rows
+            rows = slots[drawing]
+            probs = torch.softmax(adjusted[drawing] / self._numbers[rows, 0, None], dim=-1)
+            if needs.filtering:
+                probs = self._cut(probs, rows)
+            ids[drawing] = _invert(probs, uniform(self._keys[rows], positions[drawing]))
+        if self._seen is not None:
+            self._seen[slots, ids] = True
+        columns = [ids.double(), torch.isfinite(logits.sum(dim=-1)).double()]
+        if needs.logprobs:
+            chosen = logits.gather(1, ids[:, None]).squeeze(1)  # [L]
+            columns.append((chosen - torch.logsumexp(logits, dim=-1)).double())
+        # One copy to the host a step. Ids are exact in float64.
+        token_ids, finite, *logprobs = torch.stack(columns).tolist()
+        return Sampled(
+            [int(i) for i in token_ids], [f != 0 for f in finite], logprobs[0] if logprobs else None
+        )
+
+    def _adjust(self, logits: Tensor, slots: Tensor, needs: Needs) -> Tensor:
+        """Repetition penalty and banned tokens: [L, V] -> [L, V]."""
+        if needs.penalty and self._seen is not None:
+            penalty = self._numbers[slots, 3, None]  # [L, 1]
+            weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._seen[slots], weakened, logits)
+        elif needs.banned:
+            logits = logits.clone()
+        for row, ids in needs.banned:
+            logits[row, list(ids)] = -torch.inf
+        return logits
+
+    def _cut(self, probs: Tensor, rows: Tensor) -> Tensor:
+        """Set to 0 what min_p, top_k and top_p cut off, in this order: [R, V] -> [R, V].
+
+        Each looks at what the ones before left. What is cut is found as a threshold on the
+        probability, so that equal probabilities share their fate.
+        """
+        _, top_p, min_p, _ = self._numbers[rows].double().unbind(1)  # [R] each
+        ordered = probs.double().sort(dim=-1, descending=True).values  # [R, V]
+        rank = torch.arange(ordered.shape[1], device=ordered.device)
+        kept = (ordered >= min_p[:, None] * ordered[:, :1]) & (rank < self._top_k[rows, None])
+        share = torch.where(kept, ordered, 0.0)
+        share = share / share.sum(dim=-1, keepdim=True)
+        before = share.cumsum(dim=-1) - share  # what the likelier ones have together
+        kept &= (before < top_p[:, None]) | (top_p[:, None] >= 1.0)
+        kept[:, 0] = True
+        last = kept.sum(dim=-1, keepdim=True) - 1  # kept is a prefix of the order
+        threshold = ordered.gather(1, last)  # [R, 1]
+        return torch.where(probs >= threshold, probs, 0.0)
+
+
+def _invert(probs: Tensor, u: Tensor) -> Tensor:
+    """The token at which the summed probabilities, in order of ids, pass u: [R, V], [R] -> [R]."""
+    summed = probs.double().cumsum(dim=-1)
+    total = summed[:, -1:]
+    # Never the total itself, which rounding may give: no token passes it.
+    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(summed, target, right=True).squeeze(1).clamp_(max=probs.shape[1] - 1)
+
+
+def _mix_int(x: int) -> int:
+    x &= _MASK64
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK64
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    """The int64 of the same bits."""
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; int64's own one repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,304 @@
+"""The engine as a library: ``batchrun.LLM``, in the manner of vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from batchrun.data.checkpoints import fetch
+from batchrun.engine.chat import EncodedPrompt, PromptError
+from batchrun.engine.engine import Engine
+from batchrun.engine.options import EngineOptions
+from batchrun.engine.params import SamplingParams
+from batchrun.engine.request import Output, Request, Timings
+from batchrun.engine.tokenizer import Tokenizer
+from batchrun.errors import CheckpointError, RequestError
+from batchrun.records import FinishReason, Message
+
+Prompt = str | Sequence[int] | Mapping[str, object]
+"""A text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}`` as in vLLM."""
+Conversation = Sequence[Mapping[str, object] | Message]
+
+TINY = "tiny"
+"""The name of the model that ships with the package."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample. ``text`` is always a string; ``error`` says what failed, if anything did.
+
+    ``token_ids`` are all tokens after the prompt, with those that were forced, whose ``logprobs``
+    are None and which neither count takes in.
+    """
+
+    index: int
+    text: str
+    reasoning: str | None
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float | None] | None
+    num_reasoning_tokens: int
+    num_completion_tokens: int
+    thinking_budget_hit: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt and its samples. ``prompt`` is None where it was given as token ids."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: Timings
+
+
+class LLM:
+    """A model loaded to generate with.
+
+    >>> llm = LLM("tiny")
+    >>> out = llm.chat([{"role": "user", "content": "What is 3+4?"}], SamplingParams(temperature=0))
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        quantization: str = "none",
+        state_dtype: str = "auto",
+        kv_dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_sequences: int | str | None = "auto",
+        storage_options: Mapping[str, object] | None = None,
+        deterministic: bool = False,
+        device: str = "auto",
+    ) -> None:
+        """Load ``model``: a folder, a URL (read with ``storage_options``) or ``tiny``.
+
+        The keys are those of a job's ``model:``; with ``deterministic`` a prompt's samples are
+        equal to the byte whatever else is generated beside it.
+
+        :raises CheckpointError: the checkpoint cannot be used.
+        :raises RequestError: an option has a value that cannot be, or is not available yet.
+        """
+        options = EngineOptions(
+            dtype=dtype,
+            state_dtype=state_dtype,
+            max_model_len=max_model_len,
+            max_sequences=_max_sequences(max_sequences),
+            deterministic=deterministic,
+            device=device,
+        )
+        if quantization != "none":
+            raise RequestError(f"quantization {quantization!r} is not available in this version")
+        if kv_dtype not in ("auto", str(options.torch_dtype).removeprefix("torch.")):
+            raise RequestError(f"kv_dtype {kv_dtype!r} is not available in this version")
+        self.engine = Engine.load(find_checkpoint(str(model), storage_options), options)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        :raises CheckpointError: it has none; such a model takes and gives token ids.
+        """
+        if self.engine.tokenizer is None:
+            raise CheckpointError(
+                "the checkpoint has no tokenizer.json, so it takes only token ids",
+                "copy the tokenizer's files from where the model came",
+            )
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; a list of ids or a text alone is one prompt.
+
+        A prompt that ends in ``<think>`` is continued with reasoning.
+
+        :returns: one output a prompt, in their order.
+        :raises RequestError: a prompt is empty, not Unicode or too long (a ``ValueError``).
+        """
+        encoded = [self._encode(number, p) for number, p in enumerate(_as_prompts(prompts))]
+        return self._run(encoded, sampling_params)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        reasoning: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer a conversation or each of several; ``reasoning`` wins over words in them.
+
+        :returns: one output a conversation, in their order.
+        :raises CheckpointError: the checkpoint has no chat template.
+        :raises RequestError: a conversation cannot be rendered or is too long.
+        """
+        chat = self.engine.chat
+        if chat is None:
+            raise CheckpointError(
+                "the checkpoint has no chat template, so it takes only prompts",
+                "use generate(), or copy the tokenizer's files from where the model came",
+            )
+        encoded: list[tuple[str | None, EncodedPrompt]] = []
+        for number, conversation in enumerate(_as_conversations(messages)):
+            try:
+                prompt = chat.encode([_message(m) for m in conversation], reasoning=reasoning)
+            except PromptError as error:
+                raise RequestError(f"conversation {number}: {error.message}") from error
+            encoded.append((prompt.text, prompt))
+        return self._run(encoded, sampling_params)
+
+    def _encode(self, number: int, prompt: Prompt) -> tuple[str | None, EncodedPrompt]:
+        """The text, if it was given as one, and the ids; thinking where it ends in ``<think>``."""
+        if isinstance(prompt, Mapping):
+            inner = prompt.get("prompt_token_ids", prompt.get("prompt"))
+            if not isinstance(inner, str | Sequence):
+                raise RequestError(f"prompt {number}: needs a prompt or prompt_token_ids")
+            prompt = inner
+        if isinstance(prompt, str):
+            try:
+                ids = self.tokenizer.encode(prompt)
+            except ValueError as error:
+                raise RequestError(
+                    f"prompt {number} holds lone surrogates, so it is not Unicode"
+                ) from error
+            return prompt, EncodedPrompt(tuple(ids), _is_open(prompt), prompt)
+        ids = list(prompt)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise RequestError(f"prompt {number}: expected a text or token ids")
+        outside = [i for i in ids if not 0 <= i < self.engine.config.vocab_size]
+        if outside:
+            raise RequestError(
+                f"prompt {number}: token id {outside[0]} is outside the model's vocabulary of "
+                f"{self.engine.config.vocab_size}"
+            )
+        tail = "" if self.engine.tokenizer is None else self.engine.tokenizer.decode(ids[-16:])
+        return None, EncodedPrompt(tuple(ids), _is_open(tail), tail)
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[str | None, EncodedPrompt]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        params = _one_each(sampling_params, len(prompts))
+        for number, ((_, prompt), own) in enumerate(zip(prompts, params, strict=True)):
+            error = self.engine.admission_error(len(prompt.token_ids), own)
+            if error is not None:
+                raise RequestError(f"prompt {number}: {error.message}")
+        finished: dict[int, list[Output]] = {number: [] for number in range(len(prompts))}
+        # Keys of this call alone, so that whatever else the engine holds is not touched.
+        call = object()
+        try:
+            for number, ((_, prompt), own) in enumerate(zip(prompts, params, strict=True)):
+                for sample in range(own.n):
+                    self.engine.add(
+                        Request(
+                            key=(call, number),
+                            prompt_token_ids=prompt.token_ids,
+                            params=own,
+                            seed=own.seed or 0,
+                            sample=sample,
+                            thinking=prompt.thinking,
+                        )
+                    )
+            while self.engine.num_unfinished:
+                for output in self.engine.step():
+                    _, number = output.key  # type: ignore[misc]
+                    finished[number].append(output)
+        except BaseException:
+            for number in finished:
+                self.engine.abort((call, number))
+            raise
+        return [
+            RequestOutput(
+                prompt=text,
+                prompt_token_ids=list(prompt.token_ids),
+                outputs=[_completion(o) for o in sorted(finished[number], key=lambda o: o.sample)],
+                metrics=max((o.timings for o in finished[number]), key=lambda t: t.total_s),
+            )
+            for number, (text, prompt) in enumerate(prompts)
+        ]
+
+
+def find_checkpoint(model: str, storage_options: Mapping[str, object] | None = None) -> Path:
+    """The local folder of a model: ``tiny``, a path as it is, or a URL once it is downloaded.
+
+    :raises CheckpointError: it is not there, or is no checkpoint.
+    """
+    if model == TINY:
+        return Path(__file__).parent / "models" / TINY
+    return fetch(model, dict(storage_options or {}))
+
+
+def _completion(output: Output) -> CompletionOutput:
+    return CompletionOutput(
+        index=output.sample,
+        text=output.text,
+        reasoning=output.reasoning,
+        token_ids=list(output.token_ids),
+        finish_reason=output.finish_reason,
+        logprobs=None if output.logprobs is None else list(output.logprobs),
+        num_reasoning_tokens=output.num_reasoning_tokens,
+        num_completion_tokens=output.num_completion_tokens,
+        thinking_budget_hit=output.thinking_budget_hit,
+        error=None if output.error is None else str(output.error),
+    )
+
+
+def _is_open(text: str) -> bool:
+    return text.rstrip().endswith("<think>")
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    prompts = list(prompts)  # type: ignore[arg-type]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return prompts
+
+
+def _as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    if all(isinstance(item, Mapping | Message) for item in messages) and messages:
+        return [messages]  # type: ignore[list-item]
+    return list(messages)  # type: ignore[arg-type]
+
+
+def _message(message: Mapping[str, object] | Message) -> Message:
+    """A message from a dictionary; a content of several text parts is joined by line breaks."""
+    if isinstance(message, Message):
+        return message
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "\n".join(
+            str(part.get("text", "")) if isinstance(part, Mapping) else str(part)
+            for part in content
+        )
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise RequestError(f"a message needs a role and a content, both texts, not {message!r}")
+    return Message(role, content)
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling_params for {count} prompts")
+    return list(params)
+
+
+def _max_sequences(value: int | str | None) -> int | None:
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, str):
+        raise RequestError(f"max_sequences must be auto or a whole number, not {value!r}")
+    return value
