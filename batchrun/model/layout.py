@@ -7,6 +7,7 @@ to go from one to the other and back, so that the operators themselves need no l
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +53,13 @@ class PrefillLayout:
 
 @dataclass(frozen=True, slots=True)
 class AttentionGroup:
-    """n sequences of similar lengths, padded to Lq queries and Lk keys.
+    """n runs of queries of similar lengths, each of one sequence, padded to Lq queries, Lk keys.
 
     ``query_tokens`` [n, Lq] index the packed tokens and ``key_rows`` [n, Lk] the rows of the KV
-    pool (block * block_size + offset). Padding repeats a sequence's first query and first key, so
-    that whatever stands in memory nobody wrote to is never touched; ``mask`` [n, 1, Lq, Lk] is
-    true where a query sees a key. ``cells`` index the n * Lq results that belong to ``tokens``.
+    pool (block * block_size + offset). Padding repeats a run's first query and its sequence's
+    first key, so that memory nobody wrote to is never touched. ``mask`` [n, 1, Lq, Lk] is true
+    where a query sees a key. ``cells`` index those of the n * Lq results that are not padding,
+    ``tokens`` the packed tokens they belong to.
     """
 
     query_tokens: Tensor
@@ -145,41 +147,63 @@ def _lay_out_attention(batch: Batch, block_size: int) -> AttentionLayout:
     token = torch.arange(len(sequence), device=device)  # [T]
     position = token - starts[sequence] + contexts[sequence]  # [T] place in its sequence
     blocks = batch.block_tables[sequence, position // block_size]  # [T]
+    write_rows = blocks * block_size + position % block_size  # [T]
 
     groups = []
-    for members in _similar(batch.query_lens, batch.context_lens):
-        num_queries = max(batch.query_lens[i] for i in members)
-        num_keys = max(batch.query_lens[i] + batch.context_lens[i] for i in members)
-        who = torch.tensor(members, device=device)  # [n]
-        query = torch.arange(num_queries, device=device)  # [Lq]
-        is_query = query < query_lens[who, None]  # [n, Lq]
+    for pieces in _similar(_cut(batch.query_lens, batch.context_lens)):
+        who = torch.tensor([piece.sequence for piece in pieces], device=device)  # [n]
+        first = torch.tensor([piece.first_query for piece in pieces], device=device)  # [n]
+        num_queries = torch.tensor([piece.num_queries for piece in pieces], device=device)  # [n]
+        num_keys = torch.tensor([piece.num_keys for piece in pieces], device=device)  # [n]
+        query = torch.arange(max(piece.num_queries for piece in pieces), device=device)  # [Lq]
+        key = torch.arange(max(piece.num_keys for piece in pieces), device=device)  # [Lk]
+        is_query = query < num_queries[:, None]  # [n, Lq]
         query = torch.where(is_query, query, 0)  # [n, Lq]
-        key = torch.arange(num_keys, device=device)  # [Lk]
-        is_key = key < (contexts + query_lens)[who, None]  # [n, Lk]
-        key_or_first = torch.where(is_key, key, 0)  # [n, Lk]
-        tables = batch.block_tables[who]  # [n, max blocks]
-        rows = tables.gather(1, key_or_first // block_size) * block_size
-        query_tokens = starts[who, None] + query  # [n, Lq]
+        query_tokens = (starts[who] + first)[:, None] + query  # [n, Lq]
+        query_positions = (num_keys - num_queries)[:, None] + query  # [n, Lq]
+        key_or_first = torch.where(key < num_keys[:, None], key, 0)  # [n, Lk]
+        blocks = batch.block_tables[who].gather(1, key_or_first // block_size)  # [n, Lk]
         groups.append(
             AttentionGroup(
                 query_tokens=query_tokens,
-                key_rows=rows + key_or_first % block_size,
-                mask=(key <= (contexts[who, None] + query)[:, None, :, None]),
+                key_rows=blocks * block_size + key_or_first % block_size,
+                mask=key <= query_positions[:, None, :, None],
                 cells=is_query.flatten().nonzero().squeeze(1),
                 tokens=query_tokens[is_query],
             )
         )
-    return AttentionLayout(blocks * block_size + position % block_size, tuple(groups))
+    return AttentionLayout(write_rows, tuple(groups))
 
 
-_SHORTEST_BUCKET = 6
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Neighbouring new tokens of a sequence: the last ``num_queries`` of ``num_keys`` tokens."""
+
+    sequence: int
+    first_query: int
+    num_queries: int
+    num_keys: int
+
+
+_MAX_QUERIES = 256
+"""Longer prefills are cut: the second piece sees the first, the first need not see the second."""
+
+
+def _cut(query_lens: tuple[int, ...], context_lens: tuple[int, ...]) -> Iterator[_Piece]:
+    for i, (queries, context) in enumerate(zip(query_lens, context_lens, strict=True)):
+        for first in range(0, queries, _MAX_QUERIES):
+            last = min(first + _MAX_QUERIES, queries)
+            yield _Piece(i, first, last - first, context + last)
+
+
+_MIN_KEYS_BITS = 6
 """Contexts of up to 2 ** 6 tokens are padded to one another: that costs less than a group."""
 
 
-def _similar(query_lens: tuple[int, ...], context_lens: tuple[int, ...]) -> list[list[int]]:
-    """Sequence numbers, grouped so that padding at most about doubles the lengths of a group."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, (queries, context) in enumerate(zip(query_lens, context_lens, strict=True)):
-        keys = max((queries + context - 1).bit_length(), _SHORTEST_BUCKET)
-        groups[(queries - 1).bit_length(), keys].append(i)
+def _similar(pieces: Iterator[_Piece]) -> list[list[_Piece]]:
+    """Pieces in groups, so that padding at most about doubles the lengths in a group."""
+    groups: dict[tuple[int, int], list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        keys_bits = max((piece.num_keys - 1).bit_length(), _MIN_KEYS_BITS)
+        groups[(piece.num_queries - 1).bit_length(), keys_bits].append(piece)
     return list(groups.values())

@@ -91,7 +91,7 @@ class Mamba2Mixer(nn.Module):
         inner, groups, size = config.mamba_inner_size, config.num_groups, config.ssm_state_size
         x, B, C = torch.split(mixed, [inner, groups * size, groups * size], dim=-1)
         return (
-            x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim)),
-            B.unflatten(-1, (groups, size)),
-            C.unflatten(-1, (groups, size)),
+            x.view(len(x), config.mamba_num_heads, config.mamba_head_dim),
+            B.view(len(x), groups, size),
+            C.view(len(x), groups, size),
         )
