@@ -1,0 +1,110 @@
+"""The live view of a run: a bar on a terminal, a plain line now and then otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from batchrun.cluster.tally import Progress
+
+_LINE_EVERY_S = 10.0
+
+
+class ProgressView:
+    """Shows a run's progress on stderr while the ``with`` lasts. Call it with each new state."""
+
+    def __init__(self, *, quiet: bool, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._quiet = quiet
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._last_line_at: float | None = None
+        self._last_note = ""
+
+    def __enter__(self) -> ProgressView:
+        if not self._quiet and self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                SpinnerColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[line]}", markup=False),
+                console=Console(file=self._stream),
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=None, line="starting")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, text: str) -> None:
+        """One line of text, above the bar where there is one."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def __call__(self, progress: Progress) -> None:
+        """Show ``progress``."""
+        if progress.note and progress.note != self._last_note:
+            self.say(progress.note)
+        self._last_note = progress.note
+        if self._quiet:
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task,
+                total=max(1, progress.total_rows),
+                completed=progress.done.rows,
+                line=progress_line(progress),
+            )
+            return
+        now = time.monotonic()
+        if self._last_line_at is None or now - self._last_line_at >= _LINE_EVERY_S:
+            self._last_line_at = now
+            print(progress_line(progress), file=self._stream, flush=True)
+
+
+def progress_line(progress: Progress) -> str:
+    """One line: rows, failed rows, tokens a second, time left, workers."""
+    done = progress.done
+    share = done.rows / progress.total_rows if progress.total_rows else 1.0
+    parts = [f"{done.rows:,}/{progress.total_rows:,} rows ({share:.0%})"]
+    if done.failed_rows:
+        parts.append(f"{done.failed_rows:,} failed")
+    parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
+    parts.append(f"ETA {'--' if progress.eta_s is None else duration(progress.eta_s)}")
+    states = ", ".join(f"{count} {state}" for state, count in progress.workers.items() if count)
+    if states:
+        parts.append(f"workers: {states}")
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``75.2`` → ``1m15s``, for people."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
