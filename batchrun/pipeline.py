@@ -1,0 +1,378 @@
+"""From leases to parts: rows in, through the engine, completions out. No Ray in here.
+
+1. :meth:`Pipeline.start` takes a lease; its rows are read when the engine has room, not before.
+2. Rows become prompts and then requests. The engine is kept a quarter fuller than it can run, so
+   a sequence that ends is replaced at the next step; rows of the next lease follow those of the
+   one before without a gap.
+3. Finished samples go to the lease's part writer, which puts them into input order.
+4. A lease that has all its rows is published in a thread, while the engine goes on.
+
+A bad row is a completion with an error. An unreadable shard is a failed lease. Anything else that
+goes wrong is raised from :meth:`Pipeline.work`, and whoever runs the pipeline decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from batchrun.data.reader import ShardReader
+from batchrun.data.schema import InputSchema
+from batchrun.data.writer import PartFile, PartFormat, PartWriter
+from batchrun.engine.chat import PromptError
+from batchrun.engine.engine import Engine
+from batchrun.engine.params import SamplingParams
+from batchrun.engine.request import Output, Request
+from batchrun.errors import CheckpointError, RequestError, ShardError
+from batchrun.job import Job
+from batchrun.prompts import PromptBuilder
+from batchrun.records import Completion, Counts, ErrorKind, FinishReason, Lease, Part, Row, RowError
+
+MAX_LEASES = 3
+"""Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
+
+_WINDOW = 1.25  # requests in the engine, running and waiting, for each sequence it can run
+_MAX_ROWS_A_TURN = 256  # rows read between two engine steps: a call stays short on bad rows
+
+_RowKey = tuple[str, int]  # attempt, ordinal
+
+
+@dataclass(frozen=True, slots=True)
+class FailedLease:
+    """A lease that ends without a part: its shard cannot be read. Plain text, for the driver."""
+
+    lease: Lease
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunningLease:
+    """Rows and tokens of a lease that are finished but not published yet."""
+
+    attempt: str
+    shard: int
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLease:
+    """A lease that ended with its part in place."""
+
+    lease: Lease
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class WorkReport:
+    """What one call of :meth:`Pipeline.work` brought.
+
+    ``num_wanted`` is how many further leases would keep the engine full; ``idle`` says that
+    nothing is left to do.
+    """
+
+    done: tuple[FinishedLease, ...] = ()
+    failed: tuple[FailedLease, ...] = ()
+    running: tuple[RunningLease, ...] = ()
+    num_wanted: int = 0
+    idle: bool = True
+
+
+@dataclass(slots=True)
+class _OpenLease:
+    """A lease in work: its rows as they are read, its part as it grows."""
+
+    lease: Lease
+    reader: ShardReader
+    writer: PartWriter
+    at_end: bool = False
+    counts: Counts = field(default_factory=Counts)
+    publishing: Future[Part] | None = None
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+
+@dataclass(slots=True)
+class _OpenRow:
+    """A row in the engine, with the samples that are still to come."""
+
+    owner: _OpenLease
+    row: Row
+    missing: set[int]
+    added_at: float
+    failed: bool = False
+
+
+class Pipeline:
+    """Keeps one engine busy with the rows of a few leases. Not thread-safe."""
+
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine,
+        publish: Callable[[PartFile, Lease], Part],
+        schema: InputSchema,
+        part_format: PartFormat,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``publish`` puts a finished part in its place and returns what stands there then."""
+        self._job = job
+        self._engine = engine
+        self._publish = publish
+        self._schema = schema
+        self._format = part_format
+        self._clock = clock
+        self._prompts = PromptBuilder(job)
+        if engine.chat is None:
+            raise CheckpointError(
+                "the checkpoint has no chat template, so rows cannot become prompts",
+                "copy tokenizer_config.json or chat_template.jinja from where the model came",
+            )
+        self._chat = engine.chat
+        self._leases: list[_OpenLease] = []
+        self._rows: dict[_RowKey, _OpenRow] = {}
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._window = max(
+            engine.max_sequences + 1, math.ceil(_WINDOW * engine.max_sequences), part_format.n
+        )
+
+    def start(self, lease: Lease) -> None:
+        """Take a lease; its rows follow those of the leases before."""
+        reader = ShardReader(lease.shard, self._schema, self._job.input.storage_options)
+        self._leases.append(_OpenLease(lease, reader, PartWriter(reader, self._format)))
+
+    def work(self, seconds: float) -> WorkReport:
+        """Work for about so long, or until a lease has ended, or nothing is left to do.
+
+        Raises what is neither a row's nor a shard's fault: storage, a broken engine.
+        """
+        until = self._clock() + seconds
+        done: list[FinishedLease] = []
+        failed: list[FailedLease] = []
+        while True:
+            failed += self._admit()
+            if self._engine.num_unfinished:
+                for output in self._engine.step():
+                    self._take(output)
+            self._expire()
+            self._start_publishing()
+            done += self._published(0.0 if self._busy else max(0.0, until - self._clock()))
+            if done or failed or not self._leases or self._clock() >= until:
+                break
+        return WorkReport(
+            done=tuple(done),
+            failed=tuple(failed),
+            running=tuple(
+                RunningLease(item.lease.attempt, item.lease.shard.number, item.counts)
+                for item in self._leases
+            ),
+            num_wanted=self._num_wanted(),
+            idle=not self._leases,
+        )
+
+    def finish(self, timeout_s: float) -> WorkReport:
+        """Publish what is complete already, for so long at most, and give up the rest.
+
+        The pipeline is closed then.
+        """
+        self._start_publishing()
+        done = self._published(timeout_s, ALL_COMPLETED)
+        self.close()
+        return WorkReport(done=tuple(done))
+
+    def close(self) -> None:
+        """Give up everything. May be called twice."""
+        for key in list(self._rows):
+            self._engine.abort(key)
+        self._rows.clear()
+        self._publisher.shutdown(wait=False, cancel_futures=True)
+        for item in self._leases:
+            item.close()
+        self._leases.clear()
+
+    @property
+    def _busy(self) -> bool:
+        """Whether there is something to do other than waiting for storage."""
+        return bool(self._engine.num_unfinished) or any(not item.at_end for item in self._leases)
+
+    @property
+    def _num_in_engine(self) -> int:
+        return self._engine.num_waiting + self._engine.num_running
+
+    def _num_wanted(self) -> int:
+        """Leases that would keep the engine full: none while rows are left to read."""
+        if any(not item.at_end for item in self._leases):
+            return 0
+        return max(0, MAX_LEASES - len(self._leases))
+
+    def _admit(self) -> list[FailedLease]:
+        """Read rows and put them into the engine, as long as it has room for more."""
+        failed: list[FailedLease] = []
+        num_read = 0
+        for item in list(self._leases):
+            while not item.at_end:
+                has_room = self._num_in_engine + self._format.n <= self._window
+                if not has_room or num_read >= _MAX_ROWS_A_TURN:
+                    return failed
+                try:
+                    row = next(item.reader, None)
+                except ShardError as error:
+                    failed.append(self._give_up(item, error))
+                    break
+                if row is None:
+                    item.at_end = True
+                else:
+                    num_read += 1
+                    self._add(item, row)
+        return failed
+
+    def _add(self, item: _OpenLease, row: Row) -> None:
+        """One row into the engine, or straight to the part when it cannot run."""
+        requests = self._requests(item.lease, row)
+        if isinstance(requests, RowError):
+            for sample in range(self._format.n):
+                item.writer.add(_failed(row, sample, requests))
+            item.counts += Counts(rows=1, failed_rows=1)
+            return
+        key = (item.lease.attempt, row.ordinal)
+        missing = {request.sample for request in requests}
+        self._rows[key] = _OpenRow(item, row, missing, self._clock())
+        for request in requests:
+            self._engine.add(request)
+
+    def _requests(self, lease: Lease, row: Row) -> list[Request] | RowError:
+        """The samples of a row as requests, or why there are none."""
+        prompt = self._prompts.build(row)
+        if isinstance(prompt, RowError):
+            return prompt
+        try:
+            encoded = self._chat.encode(prompt.messages, reasoning=prompt.reasoning)
+            params = SamplingParams(**cast(dict[str, Any], prompt.params))
+        except PromptError as error:
+            return error.row_error
+        except RequestError as error:
+            return RowError(ErrorKind.INVALID_PROMPT, error.message)
+        if refusal := self._engine.admission_error(len(encoded.token_ids), params):
+            return refusal
+        seed = row_seed(params.seed or 0, lease.shard.path, row.index)
+        return [
+            Request(
+                key=(lease.attempt, row.ordinal),
+                prompt_token_ids=encoded.token_ids,
+                params=params,
+                seed=seed,
+                sample=sample,
+                thinking=encoded.thinking,
+            )
+            for sample in range(self._format.n)
+        ]
+
+    def _take(self, output: Output) -> None:
+        """A finished sample of the engine."""
+        open_row = self._rows.get(cast(_RowKey, output.key))
+        if open_row is None:
+            return  # its lease was given up or its row timed out at this very step
+        open_row.missing.discard(output.sample)
+        self._record(open_row, _completion(open_row.row, output))
+
+    def _record(self, open_row: _OpenRow, completion: Completion) -> None:
+        owner = open_row.owner
+        owner.writer.add(completion)
+        open_row.failed = open_row.failed or completion.error is not None
+        owner.counts += Counts(
+            prompt_tokens=completion.prompt_tokens,
+            reasoning_tokens=completion.reasoning_tokens,
+            completion_tokens=completion.completion_tokens,
+            thinking_budget_hits=int(completion.thinking_budget_hit),
+        )
+        if not open_row.missing:
+            owner.counts += Counts(rows=1, failed_rows=int(open_row.failed))
+            self._rows.pop((owner.lease.attempt, open_row.row.ordinal), None)
+
+    def _expire(self) -> None:
+        """Rows that took too long become error rows; samples they already have are kept."""
+        limit = self._job.errors.row_timeout_s
+        if limit is None:
+            return
+        now = self._clock()
+        late = [(key, item) for key, item in self._rows.items() if now - item.added_at > limit]
+        for key, open_row in late:
+            self._engine.abort(key)
+            error = RowError(ErrorKind.TIMEOUT, f"not finished within {limit:g} s")
+            for sample in sorted(open_row.missing):
+                open_row.missing.discard(sample)
+                self._record(open_row, _failed(open_row.row, sample, error))
+
+    def _give_up(self, item: _OpenLease, error: ShardError) -> FailedLease:
+        """Drop a lease whose shard cannot be read, with all its rows."""
+        for key in [key for key, open_row in self._rows.items() if open_row.owner is item]:
+            self._engine.abort(key)
+            del self._rows[key]
+        self._leases.remove(item)
+        item.close()
+        hint = f" ({error.hint})" if error.hint else ""
+        return FailedLease(item.lease, error.message + hint)
+
+    def _start_publishing(self) -> None:
+        for item in self._leases:
+            if item.at_end and item.publishing is None and item.writer.is_complete:
+                item.publishing = self._publisher.submit(self._finish_part, item)
+
+    def _finish_part(self, item: _OpenLease) -> Part:
+        """Close, verify and publish a part; runs beside the engine."""
+        return self._publish(item.writer.finish(), item.lease)
+
+    def _published(self, timeout_s: float, until: str = FIRST_COMPLETED) -> list[FinishedLease]:
+        """The leases whose parts are in their place now; waits so long for one to come."""
+        waiting = {item.publishing: item for item in self._leases if item.publishing is not None}
+        ready, _ = wait(waiting, timeout=timeout_s, return_when=until)
+        parts = []
+        for future in ready:
+            item = waiting[future]
+            self._leases.remove(item)
+            item.close()
+            parts.append(FinishedLease(item.lease, future.result()))
+        return parts
+
+
+def row_seed(job_seed: int, shard_path: str, row_index: int) -> int:
+    """The seed of a row: 63 bits that depend on the job's seed, the file and the row alone."""
+    text = f"{job_seed}\0{row_index}\0{shard_path}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def _completion(row: Row, output: Output) -> Completion:
+    if output.error is not None:
+        return _failed(row, output.sample, output.error, output.prompt_tokens)
+    return Completion(
+        ordinal=row.ordinal,
+        sample=output.sample,
+        id=row.id,
+        completion=output.text,
+        reasoning=output.reasoning,
+        finish_reason=output.finish_reason,
+        prompt_tokens=output.prompt_tokens,
+        reasoning_tokens=output.num_reasoning_tokens,
+        completion_tokens=output.num_completion_tokens,
+        thinking_budget_hit=output.thinking_budget_hit,
+        logprobs=output.logprobs,
+    )
+
+
+def _failed(row: Row, sample: int, error: RowError, prompt_tokens: int = 0) -> Completion:
+    return Completion(
+        ordinal=row.ordinal,
+        sample=sample,
+        id=row.id,
+        completion=None,
+        reasoning=None,
+        finish_reason=FinishReason.ERROR,
+        prompt_tokens=prompt_tokens,
+        error=str(error),
+    )
