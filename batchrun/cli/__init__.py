@@ -64,7 +64,7 @@ class Batchrun(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def main(  # type: ignore[override]  # click's overloads promise Never, and so does this
+    def main(
         self,
         args: Sequence[str] | None = None,
         prog_name: str | None = None,
