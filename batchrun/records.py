@@ -85,13 +85,15 @@ class Lease:
 class Row:
     """One input record. ``ordinal`` counts inside the shard, ``index`` inside the file.
 
-    ``values`` holds the columns that the prompt and the overrides need, as Python values.
+    ``values`` holds the columns that the prompt and the overrides need, as Python values. A
+    record that cannot be read has ``error`` set, and then ``values`` are not to be used.
     """
 
     ordinal: int
     index: int
     id: str
     values: Mapping[str, object]
+    error: RowError | None = None
 
 
 @dataclass(frozen=True, slots=True)

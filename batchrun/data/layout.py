@@ -1,0 +1,71 @@
+"""Names: where everything of a run stands below its output. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+
+from batchrun.records import Shard
+
+FOLDER = "_batchrun"
+SUCCESS = "_SUCCESS"
+LOCK = f"{FOLDER}/lock.json"
+PART_NAME = re.compile(r"part-\d{6,}-[0-9a-f]{8}\.parquet")
+PLAN_NAME = re.compile(r"plan-(\d{4,})\.parquet")
+MANIFEST_NAME = re.compile(r"manifest-(\d{4,})\.json")
+
+
+def canonical_json(value: object) -> str:
+    """One spelling of a JSON value, so that equal values have equal hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def run_id(semantic: Mapping[str, object]) -> str:
+    """The id of the run of a job: 16 hex digits of what determines its content."""
+    return hashlib.sha256(canonical_json(semantic).encode()).hexdigest()[:16]
+
+
+def part_name(run: str, shard: Shard) -> str:
+    """The name of a shard's part.
+
+    It is made of the run and of the very input bytes, so that a worker of another run, or of
+    another version of the input, can never take it.
+    """
+    pinned = [
+        run,
+        shard.path,
+        shard.size_bytes,
+        shard.fingerprint,
+        list(shard.row_groups),
+        shard.first_row,
+        shard.num_rows,
+    ]
+    digest = hashlib.sha256(canonical_json(pinned).encode()).hexdigest()
+    return f"part-{shard.number:06d}-{digest[:8]}.parquet"
+
+
+def run_folder(run: str) -> str:
+    """The folder of a run's bookkeeping.
+
+    In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
+    ``parts/`` and ``failed/``, one a shard; ``progress.json``; ``manifest-<n>.json``. The names
+    ``journal/<shard>/<attempt>/`` and ``strikes/<shard>/`` are kept for the journal of rows.
+    """
+    return f"{FOLDER}/{run}"
+
+
+def epoch_path(run: str, epoch: int) -> str:
+    """The create-only record that one driver took the run under this number."""
+    return f"{run_folder(run)}/epochs/{epoch:06d}.json"
+
+
+def commit_path(run: str, shard: int) -> str:
+    """The create-only record of a shard's published part."""
+    return f"{run_folder(run)}/parts/{shard:06d}.json"
+
+
+def failed_path(run: str, shard: int) -> str:
+    """The record of why a shard could not be run in the latest submit."""
+    return f"{run_folder(run)}/failed/{shard:06d}.json"

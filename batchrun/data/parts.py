@@ -1,0 +1,93 @@
+"""Commit records of parts: writing them, reading them, and making them again from a part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchrun.data.store import Store
+from batchrun.errors import OutputError, ShardError
+from batchrun.records import Counts, Part, Shard
+
+RUN_KEY = "batchrun.run"
+_HASH_CHUNK_BYTES = 8 << 20
+
+
+def part_to_json(part: Part) -> bytes:
+    """A part as the content of its commit record."""
+    return json.dumps(asdict(part), indent=1).encode()
+
+
+def part_from_json(data: bytes) -> Part:
+    """What :func:`part_to_json` gave. Raises ValueError for anything else."""
+    try:
+        raw = json.loads(data)
+        return Part(**{**raw, "counts": Counts(**raw["counts"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a commit record: {error}") from error
+
+
+def part_from_object(store: Store, run: str, shard: Shard, name: str, n: int) -> Part:
+    """The part at ``name``, described by reading it.
+
+    Raises :class:`~batchrun.errors.ShardError` when the object is not the part of this shard and
+    run. It is then left alone: a person decides.
+    """
+    import hashlib
+
+    with store.open_file(name) as source:
+        digest = hashlib.sha256()
+        size = 0
+        while chunk := source.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+        source.seek(0)
+        try:
+            with pq.ParquetFile(source) as parquet:
+                metadata = parquet.schema_arrow.metadata or {}
+                num_rows = parquet.metadata.num_rows
+                if metadata.get(RUN_KEY.encode()) != run.encode():
+                    raise ValueError("it names another run")
+                if num_rows != shard.num_rows * n:
+                    raise ValueError(f"it has {num_rows} rows, not {shard.num_rows * n}")
+                counts = _count(parquet, shard.num_rows, n)
+        except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+            raise ShardError(
+                f"shard {shard.name}: {store.url}/{name} is not the part of this run ({error})",
+                "move it away, or choose another output",
+            ) from error
+    return Part(
+        shard=shard.number,
+        name=name,
+        attempt="",
+        size_bytes=size,
+        sha256=digest.hexdigest(),
+        num_rows=num_rows,
+        counts=counts,
+    )
+
+
+def _count(parquet: pq.ParquetFile, num_rows: int, n: int) -> Counts:
+    names = ["prompt_tokens", "reasoning_tokens", "completion_tokens", "thinking_budget_hit"]
+    table = parquet.read([*names, "error"], use_threads=False)
+    sums = [int(pc.sum(table.column(name)).as_py() or 0) for name in names]
+    errors = table.column("error").is_valid().to_pylist()
+    failed = sum(any(errors[start : start + n]) for start in range(0, len(errors), n))
+    return Counts(num_rows, failed, *sums)
+
+
+def check_part(store: Store, part: Part, sizes: Mapping[str, int]) -> None:
+    """Raise unless the listing still shows the part as its commit record describes it."""
+    found = sizes.get(part.name)
+    if found == part.size_bytes:
+        return
+    what = "is missing" if found is None else f"has {found} bytes, not {part.size_bytes}"
+    raise OutputError(
+        f"output: the finished part {store.url}/{part.name} {what}",
+        "put it back, choose another output, or run `batchrun discard OUTPUT` first",
+    )

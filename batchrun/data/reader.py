@@ -1,0 +1,283 @@
+"""Streaming one shard's rows out of object storage in bounded memory."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.data.border import Fault, Role, classify, filesystem, translate
+from batchrun.data.footers import open_parquet, open_ranged
+from batchrun.data.inputs import fingerprint
+from batchrun.data.schema import InputSchema
+from batchrun.data.types import as_bytes, convert, decode, is_valid, with_valid_text
+from batchrun.errors import BatchrunError, InputError, ShardError
+from batchrun.records import ErrorKind, Row, RowError, Shard
+
+_MAX_BATCH_ROWS = 256
+_MAX_BATCH_BYTES = 16 << 20
+# Row groups up to this size are fetched in few large requests, bigger ones as they are decoded.
+_MAX_PRE_BUFFER_BYTES = 64 << 20
+_BLOCK_BYTES = 4 << 20
+
+
+class ShardReader:
+    """An iterator over the rows of one shard, with its carried columns kept for the writer.
+
+    Rows come in input order, each exactly once. The input file is pinned: its fingerprint is
+    compared before and after, and object storage is asked for that very version. Raises
+    :class:`~batchrun.errors.ShardError`, naming the shard, for a file that changed or is
+    damaged, and StorageError when storage fails.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        schema: InputSchema,
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        self.shard = shard
+        self._schema = schema
+        self._carried: deque[pa.RecordBatch] = deque()
+        self._rows: Iterator[Row] = iter(())
+        self._num_read = 0
+        self._at_end = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-reader")
+        self._fs, self._location = filesystem(shard.uri, storage_options, Role.INPUT)
+        self._source: BinaryIO | None = None
+        self._next: Future[pa.RecordBatch | None] = self._pool.submit(self._first_batch)
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        """The next row. A record that is not valid UTF-8 has its ``error`` set."""
+        while True:
+            row = next(self._rows, None)
+            if row is not None:
+                return row
+            if self._at_end:
+                raise StopIteration
+            self._advance()
+
+    def take_carried(self, num_rows: int) -> pa.Table:
+        """The carried columns of the next ``num_rows`` rows, in input order; each once.
+
+        Only rows that have been read can be taken.
+        """
+        taken: list[pa.RecordBatch] = []
+        missing = num_rows
+        while missing > 0 and self._carried:
+            batch = self._carried.popleft()
+            if batch.num_rows > missing:
+                self._carried.appendleft(batch.slice(missing))
+                batch = batch.slice(0, missing)
+            taken.append(batch)
+            missing -= batch.num_rows
+        if missing and self._schema.columns.carried:
+            raise BatchrunError(f"shard {self.shard.name}: {missing} carried rows were not read")
+        return pa.Table.from_batches(taken, self._schema.carried)
+
+    def close(self) -> None:
+        """Stop reading ahead and close the file. May be called twice."""
+        self._at_end = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._source is not None:
+            self._source.close()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _advance(self) -> None:
+        """Take the batch that was read ahead, and read the one after it ahead."""
+        try:
+            batch = self._next.result()
+            if batch is None:
+                self._at_end = True
+                self._check_complete()
+                return
+            self._next = self._pool.submit(lambda: next(self._batches, None))
+            first = self._num_read
+            self._num_read += batch.num_rows
+            self._keep_carried(batch)
+        except (ShardError, InputError) as error:
+            raise self._failed(str(error).removeprefix("input: "), error.hint) from error
+        except BatchrunError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise self._failed(f"{self.shard.uri} is damaged ({text})", "replace it") from error
+        self._rows = iter(self._read_rows(batch, first))
+
+    def _first_batch(self) -> pa.RecordBatch | None:
+        """Open the pinned file and read the first batch; runs on the reading thread."""
+        self._check_pin()
+        if self.shard.num_rows == 0:
+            return None
+        source = open_ranged(self._fs, self._location, block_bytes=_BLOCK_BYTES)
+        self._source = source
+        guarded = _GuardedFile(source, self.shard.uri)
+        parquet = open_parquet(guarded, self.shard.uri)  # type: ignore[arg-type]
+        if self._fits_in_memory(parquet):
+            parquet = open_parquet(guarded, self.shard.uri, pre_buffer=True)  # type: ignore[arg-type]
+        self._batches = self._cut(parquet)
+        return next(self._batches, None)
+
+    def _fits_in_memory(self, parquet: pq.ParquetFile) -> bool:
+        groups = [parquet.metadata.row_group(number) for number in self.shard.row_groups]
+        return all(
+            sum(group.column(index).total_compressed_size for index in range(group.num_columns))
+            <= _MAX_PRE_BUFFER_BYTES
+            for group in groups
+        )
+
+    def _cut(self, parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+        """Batches of exactly the shard's rows, in the types of the run."""
+        metadata = parquet.metadata
+        groups = self.shard.row_groups
+        before = sum(metadata.row_group(number).num_rows for number in range(groups[0]))
+        skip = self.shard.first_row - before
+        left = self.shard.num_rows
+        num_bytes = sum(metadata.row_group(number).total_byte_size for number in groups)
+        num_rows = sum(metadata.row_group(number).num_rows for number in groups)
+        row_bytes = max(1, num_bytes // max(1, num_rows))
+        for batch in parquet.iter_batches(
+            batch_size=max(1, min(_MAX_BATCH_ROWS, _MAX_BATCH_BYTES // row_bytes)),
+            row_groups=list(groups),
+            columns=list(self._schema.columns.all),
+            use_threads=False,
+        ):
+            dropped = min(skip, batch.num_rows)
+            skip -= dropped
+            kept = batch.slice(dropped, left)
+            left -= kept.num_rows
+            if kept.num_rows:
+                yield kept
+            if left == 0:
+                return
+
+    def _keep_carried(self, batch: pa.RecordBatch) -> None:
+        schema = self._schema.carried
+        if len(schema):
+            columns = [
+                convert(with_valid_text(batch.column(field.name)), field.type) for field in schema
+            ]
+            self._carried.append(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+    def _read_rows(self, batch: pa.RecordBatch, first: int) -> list[Row]:
+        """The batch's rows with Python values; ``first`` is the ordinal of its first row."""
+        columns = self._schema.columns
+        errors: dict[int, RowError] = {}
+        values = {name: _python_values(name, batch.column(name), errors) for name in columns.values}
+        ids: list[Any] = [None] * batch.num_rows
+        if columns.id is not None:
+            ids = _python_values(columns.id, batch.column(columns.id), {})
+        rows: list[Row] = []
+        for place in range(batch.num_rows):
+            index = self.shard.first_row + first + place
+            own = ids[place]
+            rows.append(
+                Row(
+                    ordinal=first + place,
+                    index=index,
+                    # A record whose id is null or no text is still told from the others.
+                    id=f"{self.shard.path}:{index}" if own is None else str(own),
+                    values={name: column[place] for name, column in values.items()},
+                    error=errors.get(place),
+                )
+            )
+        return rows
+
+    def _check_pin(self) -> None:
+        """Raise unless the input file is still the one that was planned."""
+        try:
+            now = fingerprint(self._fs, self._location)
+        except Exception as error:
+            if classify(error) is not Fault.ABSENT:
+                raise translate(error, Role.INPUT, self.shard.uri) from error
+            raise ShardError(f"{self.shard.uri} is gone", "put the file back") from error
+        if now != self.shard.fingerprint:
+            raise ShardError(f"{self.shard.uri} changed after the run was planned", _CHANGED_HINT)
+
+    def _check_complete(self) -> None:
+        if self._num_read != self.shard.num_rows:
+            raise ShardError(
+                f"{self.shard.uri} gave {self._num_read} rows where its footer says "
+                f"{self.shard.num_rows}",
+                "write the file again",
+            )
+        self._check_pin()
+
+    def _failed(self, message: str, hint: str) -> ShardError:
+        return ShardError(f"shard {self.shard.name}: {message}", hint)
+
+
+_CHANGED_HINT = "input files must not change while a run reads them; submit again when they rest"
+
+
+def _python_values(name: str, column: pa.Array, errors: dict[int, RowError]) -> list[Any]:
+    """The column as Python values; rows that have none are None with a reason in ``errors``."""
+    if is_valid(column):
+        try:
+            return list(column.to_pylist())
+        except (ValueError, OverflowError, pa.ArrowException):
+            pass  # one value of it is beyond what Python can say; the others are read below
+    kind = column.type
+    raw = convert(column, as_bytes(kind))
+    values: list[Any] = []
+    for place in range(len(raw)):
+        try:
+            values.append(decode(raw[place].as_py(), kind))
+        except UnicodeDecodeError:
+            errors.setdefault(place, _unreadable(f"column {name!r} is not valid UTF-8"))
+            values.append(None)
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            errors.setdefault(place, _unreadable(f"column {name!r} cannot be read ({error})"))
+            values.append(None)
+    return values
+
+
+def _unreadable(message: str) -> RowError:
+    return RowError(ErrorKind.INVALID_PROMPT, message)
+
+
+class _GuardedFile(io.RawIOBase):
+    """A file whose errors are already this package's when they come out of Arrow's readers.
+
+    So a lost connection is told from a damaged page.
+    """
+
+    def __init__(self, source: BinaryIO, uri: str) -> None:
+        super().__init__()
+        self._source = source
+        self._uri = uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._source.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._source.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._source.read(size)
+        except Exception as error:
+            if classify(error) in {Fault.EXISTS, Fault.ABSENT}:
+                # The version that was pinned is no longer there (If-Match failed).
+                raise ShardError(f"{self._uri} changed while it was read", _CHANGED_HINT) from error
+            raise translate(error, Role.INPUT, self._uri) from error

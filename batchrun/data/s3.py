@@ -1,0 +1,55 @@
+"""Objects in S3 and in services that speak its language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchrun.data.border import Fault, Role, classify, filesystem
+from batchrun.data.remote import RemoteStore
+
+
+class S3Store(RemoteStore):
+    """A prefix of an S3 bucket.
+
+    Creating is one single ``PutObject`` with ``If-None-Match: *``, sent through s3fs' client.
+    Its file interface is not used for it: above its block size it turns to multipart uploads,
+    whose completion is not create-only on every server.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, object] | None) -> None:
+        super().__init__(url, storage_options)
+        # s3fs would send a body that it has read already once more, empty; so creates go
+        # through a client of their own that does not repeat itself.
+        options = {**(storage_options or {}), "skip_instance_cache": True}
+        writer, _ = filesystem(self.url, options, Role.OUTPUT)
+        writer.retries = 1
+        self._writer: Any = writer
+
+    def _create(self, key: str, data: bytes | Path, metadata: Mapping[str, str]) -> None:
+        bucket, _, name = key.partition("/")
+        request = {"Bucket": bucket, "Key": name, "IfNoneMatch": "*", "Metadata": dict(metadata)}
+        if isinstance(data, Path):
+            with data.open("rb") as body:
+                self._writer.call_s3("put_object", Body=body, **request)
+        else:
+            self._writer.call_s3("put_object", Body=data, **request)
+
+    def _token(self, key: str) -> str | None:
+        bucket, _, name = key.partition("/")
+        try:
+            head = self._fs.call_s3("head_object", Bucket=bucket, Key=name)
+        except Exception as error:
+            if classify(error) is Fault.ABSENT:
+                return None
+            raise
+        return str(head.get("Metadata", {}).get("batchrun-token", ""))
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        bucket = self.bucket
+        names = [{"Key": key.partition("/")[2]} for key in keys]
+        if names:
+            self._fs.call_s3(
+                "delete_objects", Bucket=bucket, Delete={"Objects": names, "Quiet": True}
+            )

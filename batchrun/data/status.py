@@ -1,0 +1,96 @@
+"""What a run looks like from its output alone, and how to remove it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS
+from batchrun.data.lock import Holder, is_live, read_lock
+from batchrun.data.plan import count_rows, read_plan
+from batchrun.data.run import Progress, RunDirectory, find_run
+from batchrun.data.schema import InputColumns
+from batchrun.data.store import Store
+from batchrun.errors import OutputError, OutputHeldError
+from batchrun.records import Counts
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """The state of a run, for ``batchrun status``.
+
+    ``counts`` are sums over published parts, or the driver's own when it lives and knows more.
+    """
+
+    run_id: str
+    live: bool
+    succeeded: bool
+    num_shards: int
+    shards_done: int
+    failed_shards: dict[int, str]
+    total_rows: int
+    counts: Counts
+    holder: Holder | None
+    progress: Progress | None
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that are neither done nor failed."""
+        return max(0, self.total_rows - self.counts.rows)
+
+
+def read_status(store: Store) -> RunStatus:
+    """The state of the run in ``store``. Only reads, from any machine.
+
+    Raises :class:`~batchrun.errors.OutputError` when there is no run.
+    """
+    run = find_run(store)
+    if run is None:
+        raise OutputError(
+            f"output: {store.url} holds no run of batchrun", "check the path, or submit a job"
+        )
+    directory = RunDirectory(store, run)
+    shards = tuple(read_plan(store, run, InputColumns()).shards.values())
+    parts = directory.recorded(shards)
+    progress = directory.read_progress()
+    lock = read_lock(store)
+    live = is_live(store)
+    counts = sum((part.counts for part in parts.values()), Counts())
+    if live and progress is not None and progress.counts.rows > counts.rows:
+        counts = progress.counts
+    return RunStatus(
+        run_id=run,
+        live=live,
+        succeeded=store.info(SUCCESS) is not None,
+        num_shards=len(shards),
+        shards_done=len(parts),
+        failed_shards={
+            number: why for number, why in directory.failed().items() if number not in parts
+        },
+        total_rows=count_rows(shards),
+        counts=counts,
+        holder=lock.holder if live and lock is not None else None,
+        progress=progress,
+    )
+
+
+def discard(store: Store) -> int:
+    """Delete the run's parts and bookkeeping; the number of objects deleted.
+
+    Only names that a run gives are touched, ``_SUCCESS`` first and the bookkeeping last, so that
+    a discard that was cut off can be repeated. Raises OutputHeldError while the run is live,
+    OutputError when there is no run.
+    """
+    bookkeeping = [item.path for item in store.list(FOLDER)]
+    if not bookkeeping:
+        raise OutputError(f"output: {store.url} holds no run of batchrun", "check the path")
+    if is_live(store):
+        raise OutputHeldError(f"the run in {store.url} is live", "stop it first")
+    parts = [item.path for item in store.list(recursive=False) if PART_NAME.fullmatch(item.path)]
+    store.delete([SUCCESS])
+    store.delete(parts)
+    # The job's record goes last: while it is there, the output is known as a run's.
+    last = [path for path in bookkeeping if path.endswith("/job.json") or path == LOCK]
+    store.delete([path for path in bookkeeping if path not in last])
+    store.delete(last)
+    store.sweep()
+    return len(parts) + len(bookkeeping)

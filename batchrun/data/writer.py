@@ -1,0 +1,246 @@
+"""Writing one shard's part: in input order, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.data.parts import RUN_KEY
+from batchrun.data.reader import ShardReader
+from batchrun.data.spool import Spool
+from batchrun.errors import BatchrunError, StorageError
+from batchrun.records import Completion, Counts
+
+# A row group is written when this many rows, or this much text, stand ready in order.
+_FLUSH_ROWS = 8192
+_FLUSH_BYTES = 16 << 20
+
+RESERVED_COLUMNS = (
+    "id",
+    "sample",
+    "completion",
+    "reasoning",
+    "finish_reason",
+    "prompt_tokens",
+    "reasoning_tokens",
+    "completion_tokens",
+    "thinking_budget_hit",
+    "error",
+    "tool_calls",
+    "logprobs",
+    "correct",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PartFormat:
+    """What parts of a run look like, the same for all of them.
+
+    ``run`` is the run's id; ``metadata`` the rest of the schema metadata (``batchrun.version``
+    and so on).
+    """
+
+    run: str
+    n: int = 1
+    logprobs: bool = False
+    compression: str = "zstd"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def schema(self, carried: pa.Schema) -> pa.Schema:
+        """The columns of a part: ours around the carried ones."""
+        fields = [
+            pa.field("id", pa.string()),
+            pa.field("sample", pa.int32()),
+            *carried,
+            pa.field("completion", pa.string()),
+            pa.field("reasoning", pa.string()),
+            pa.field("finish_reason", pa.string()),
+            pa.field("prompt_tokens", pa.int32()),
+            pa.field("reasoning_tokens", pa.int32()),
+            pa.field("completion_tokens", pa.int32()),
+            pa.field("thinking_budget_hit", pa.bool_()),
+            pa.field("error", pa.string()),
+        ]
+        if self.logprobs:
+            fields.append(pa.field("logprobs", pa.list_(pa.float32())))
+        return pa.schema(fields, metadata={**self.metadata, RUN_KEY: self.run})
+
+
+@dataclass(frozen=True, slots=True)
+class PartFile:
+    """A finished part on local disk, verified and ready to publish."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    num_rows: int
+    counts: Counts
+
+
+class PartWriter:
+    """Takes completions in any order and writes them in input order to a local file.
+
+    Only :meth:`finish` gives the file away, and only when every sample of every row is in it: an
+    exception on the way can never leave a valid file of half the rows where somebody reads it.
+    """
+
+    def __init__(
+        self, reader: ShardReader, part_format: PartFormat, folder: Path | None = None
+    ) -> None:
+        self._reader = reader
+        self._format = part_format
+        self._schema = part_format.schema(reader.take_carried(0).schema)
+        self._waiting: dict[int, dict[int, Completion]] = {}
+        self._ready: list[Completion] = []
+        self._ready_bytes = 0
+        self._num_ordered = 0  # rows in order so far, ready or written
+        self._num_written = 0
+        self._counts = Counts()
+        self._spool = Spool(folder)
+        self._path = self._spool.path / "part.parquet"
+        self._writer = pq.ParquetWriter(
+            self._path, self._schema, compression=part_format.compression
+        )
+
+    @property
+    def num_missing(self) -> int:
+        """Rows of the shard that do not have all their samples yet."""
+        return (
+            self._reader.shard.num_rows
+            - self._num_ordered
+            - sum(len(samples) == self._format.n for samples in self._waiting.values())
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sample of every row has been added."""
+        return self._num_ordered == self._reader.shard.num_rows
+
+    def add(self, completion: Completion) -> None:
+        """Take one sample of one row; each exactly once."""
+        name = f"row {completion.ordinal}, sample {completion.sample} of {self._reader.shard.name}"
+        in_shard = 0 <= completion.ordinal < self._reader.shard.num_rows
+        if not in_shard or not 0 <= completion.sample < self._format.n:
+            raise BatchrunError(f"{name} is not of this part")
+        samples = self._waiting.setdefault(completion.ordinal, {})
+        if completion.ordinal < self._num_ordered or completion.sample in samples:
+            raise BatchrunError(f"{name} was added twice")
+        samples[completion.sample] = completion
+        while len(self._waiting.get(self._num_ordered, ())) == self._format.n:
+            self._order(self._waiting.pop(self._num_ordered))
+        if len(self._ready) >= _FLUSH_ROWS or self._ready_bytes >= _FLUSH_BYTES:
+            self._flush()
+
+    def finish(self) -> PartFile:
+        """Close and verify the file; raises if a row is missing or the file is not right."""
+        shard = self._reader.shard
+        if not self.is_complete:
+            raise BatchrunError(f"shard {shard.name}: {self.num_missing} rows are missing")
+        self._flush()
+        try:
+            self._writer.close()
+        except OSError as error:
+            raise self._disk_error(error) from error
+        num_rows = shard.num_rows * self._format.n
+        with pq.ParquetFile(self._path) as written:
+            right = written.metadata.num_rows == num_rows and written.schema_arrow.equals(
+                self._schema
+            )
+        if not right:
+            raise BatchrunError(f"shard {shard.name}: the part on local disk is not what was put")
+        return PartFile(
+            path=self._path,
+            size_bytes=self._path.stat().st_size,
+            sha256=_sha256(self._path),
+            num_rows=num_rows,
+            counts=self._counts,
+        )
+
+    def close(self) -> None:
+        """Give up the file and everything in it. May be called twice, and after publishing."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()  # it is deleted anyway
+        self._spool.remove()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _order(self, samples: dict[int, Completion]) -> None:
+        row = [samples[number] for number in range(self._format.n)]
+        self._num_ordered += 1
+        self._counts += Counts(
+            rows=1,
+            failed_rows=int(any(sample.error is not None for sample in row)),
+            prompt_tokens=sum(sample.prompt_tokens for sample in row),
+            reasoning_tokens=sum(sample.reasoning_tokens for sample in row),
+            completion_tokens=sum(sample.completion_tokens for sample in row),
+            thinking_budget_hits=sum(sample.thinking_budget_hit for sample in row),
+        )
+        self._ready.extend(row)
+        self._ready_bytes += sum(
+            len(sample.completion or "") + len(sample.reasoning or "") for sample in row
+        )
+
+    def _flush(self) -> None:
+        if not self._ready:
+            return
+        rows = self._ready
+        carried = self._reader.take_carried(len(rows) // self._format.n)
+        if self._format.n > 1 and carried.num_columns:
+            carried = carried.take([place // self._format.n for place in range(len(rows))])
+        own: dict[str, list[object]] = {
+            "id": [_text(row.id) for row in rows],
+            "sample": [row.sample for row in rows],
+            "completion": [_text(row.completion) for row in rows],
+            "reasoning": [_text(row.reasoning) for row in rows],
+            "finish_reason": [row.finish_reason.value for row in rows],
+            "prompt_tokens": [row.prompt_tokens for row in rows],
+            "reasoning_tokens": [row.reasoning_tokens for row in rows],
+            "completion_tokens": [row.completion_tokens for row in rows],
+            "thinking_budget_hit": [row.thinking_budget_hit for row in rows],
+            "error": [_text(row.error) for row in rows],
+            "logprobs": [row.logprobs for row in rows],
+        }
+        columns = [
+            pa.chunked_array([pa.array(own[item.name], type=item.type)])
+            if item.name in own
+            else carried.column(item.name)
+            for item in self._schema
+        ]
+        try:
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+        except OSError as error:
+            raise self._disk_error(error) from error
+        self._num_written += len(rows)
+        self._ready, self._ready_bytes = [], 0
+
+    def _disk_error(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"the local disk cannot hold the part of shard {self._reader.shard.name} ({error})",
+            "make room in the folder for temporary files (TMPDIR) and submit again to resume",
+        )
+
+
+def _text(text: str | None) -> str | None:
+    """``text`` such as Arrow can hold: no half of a surrogate pair, which is no character."""
+    if text is None or text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
