@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -138,10 +139,10 @@ class Driver:
 
     def run(self, tokens: Sequence[int], cuts: Sequence[int] = ()) -> Tensor:
         """Logits [tokens, vocab] of one sequence alone, prefilled in pieces cut at ``cuts``."""
-        edges = [0, *cuts, len(tokens)]
-        logits = []
-        for begin, end in zip(edges[:-1], edges[1:], strict=True):
-            logits.append(self.step(prefills={"alone": tokens[begin:end]})["alone"])
+        logits = [
+            self.step(prefills={"alone": tokens[begin:end]})["alone"]
+            for begin, end in pairwise([0, *cuts, len(tokens)])
+        ]
         self.finish("alone")
         return torch.cat(logits)
 
@@ -149,4 +150,5 @@ class Driver:
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     """Equal to ``tolerance`` in absolute terms, and free of NaN."""
     assert actual.shape == expected.shape
-    assert (actual - expected).abs().max().item() < tolerance
+    error = (actual - expected).abs().max().item()
+    assert error < tolerance

@@ -1,0 +1,28 @@
+"""Batches without a model."""
+
+from __future__ import annotations
+
+import torch
+
+from batchrun.model.batch import Batch
+
+
+def make_batch(
+    decodes: tuple[int, ...],
+    prefill_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    blocks_each: int = 24,
+) -> Batch:
+    """``decodes`` are their contexts, which ``context_lens`` repeats. Places are shuffled."""
+    generator = torch.Generator().manual_seed(2)
+    num_sequences = len(decodes) + len(prefill_lens)
+    blocks = torch.randperm(num_sequences * blocks_each, generator=generator) + 1
+    return Batch(
+        token_ids=torch.zeros(len(decodes) + sum(prefill_lens), dtype=torch.long),
+        num_decodes=len(decodes),
+        prefill_lens=prefill_lens,
+        slots=torch.randperm(11, generator=generator)[:num_sequences] + 1,
+        context_lens=context_lens,
+        block_tables=blocks.view(num_sequences, blocks_each),
+        logit_rows=torch.tensor([0]),
+    )
