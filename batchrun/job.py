@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from batchrun.errors import JobError, Problem
-from batchrun.jobfile import JobSource, KeyPath
+from batchrun.jobfile import JobSource, KeyPath, in_order
 from batchrun.jobproblems import explain, repair, schema_of
 from batchrun.jobrules import secrets, violations
 from batchrun.logs import REDACTED, names_a_secret, redact
@@ -313,6 +313,17 @@ class Job(Section):
             "generation": self.generation.model_dump(mode="json"),
         }
 
+    @property
+    def model_storage_options(self) -> dict[str, object]:
+        """Options for reading the checkpoint: those of the input, or else of the output, where
+        it lies in storage of the same kind."""
+        scheme = self.model.path.partition("://")[0]
+        for place in (self.input, self.output):
+            path = place.path if isinstance(place.path, str) else place.path[0]
+            if "://" in path and path.partition("://")[0] == scheme:
+                return dict(place.storage_options)
+        return {}
+
     def redacted(self) -> dict[str, object]:
         """The whole job with every default filled in and every credential masked."""
         masked = _masked(self.model_dump(mode="json"))
@@ -378,7 +389,7 @@ def check_source(source: JobSource) -> Reading:
     if job is not None and job.name == "job" and "name" not in raw:
         stem = Path(source.name).stem
         job = job.model_copy(update={"name": stem if stem.isprintable() and stem else "job"})
-    return Reading(job, tuple(sorted(found, key=_line)), frozenset(bad))
+    return Reading(job, in_order(found), frozenset(bad))
 
 
 def json_schema() -> dict[str, Any]:
@@ -432,11 +443,6 @@ def _real_errors(error: ValidationError, raw: Mapping[str, Any]) -> list[tuple[K
 def _overlap(key: KeyPath, other: KeyPath) -> bool:
     shorter = min(len(key), len(other))
     return key[:shorter] == other[:shorter]
-
-
-def _line(problem: Problem) -> tuple[int, str]:
-    line = problem.location.rpartition(":")[2]
-    return (int(line), "") if line.isdigit() else (2**31, problem.location)
 
 
 def _masked(value: object, name: str = "") -> object:

@@ -9,7 +9,7 @@ surprises of YAML 1.1; see :mod:`batchrun.jobscalars`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +78,16 @@ def read_job_file(
         problems=tuple(reader.problems),
         broken=frozenset(reader.broken),
     )
+
+
+def in_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """``problems`` in the order of the file, each once; those of the command line come last."""
+
+    def line(problem: Problem) -> int:
+        number = problem.location.rpartition(":")[2]
+        return int(number) if number.isdigit() else 2**31
+
+    return tuple(sorted(dict.fromkeys(problems), key=line))
 
 
 def _read_text(name: str) -> str:

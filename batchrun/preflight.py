@@ -1,0 +1,251 @@
+"""What can be known before a run starts: is everything there that the job names, and usable?
+
+Reads listings, Parquet footers and the small files of the checkpoint; loads no weights and leaves
+nothing behind. Finds every problem rather than the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from batchrun.data.checkpoints import fetch
+from batchrun.data.footers import InputFile
+from batchrun.data.inputs import find_input
+from batchrun.data.schema import InputColumns, InputSchema
+from batchrun.data.store import Store
+from batchrun.engine.chat import ChatTemplate, PromptError
+from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
+from batchrun.errors import (
+    BatchrunError,
+    CheckpointError,
+    InputError,
+    OutputError,
+    Problem,
+    StorageError,
+)
+from batchrun.job import Job
+from batchrun.jobfile import JobSource, KeyPath
+from batchrun.model.checkpoint import check_checkpoint, expected_tensors
+from batchrun.model.config import ModelConfig
+from batchrun.prompts import TemplateError, input_columns, template_columns
+from batchrun.records import Message
+from batchrun.wording import dotted
+
+_T = TypeVar("_T")
+_TINY = "tiny"
+_MAX_FILE_PROBLEMS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a checked job will work on, for people to look over before they start it."""
+
+    num_files: int = 0
+    num_rows: int = 0
+    size_bytes: int = 0
+    num_layers: int = 0
+    num_parameters: int = 0
+    max_model_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Every problem of a job's surroundings, and what is known of them."""
+
+    problems: tuple[Problem, ...]
+    facts: Facts
+
+
+def check_job(job: Job, source: JobSource | None = None) -> list[Problem]:
+    """Every problem of what ``job`` names: input, columns, template, checkpoint, output.
+
+    ``source`` gives the problems their lines. Raises StorageError when storage cannot be reached
+    and nothing else is wrong.
+    """
+    return list(inspect_job(job, source).problems)
+
+
+def inspect_job(
+    job: Job, source: JobSource | None = None, bad: frozenset[KeyPath] = frozenset()
+) -> Inspection:
+    """Check what ``job`` names. Keys that are ``bad`` hold stand-ins: what needs them is skipped.
+
+    Raises:
+        StorageError: Storage cannot be reached, and nothing else is wrong.
+    """
+    inspector = _Inspector(job, source or JobSource.of_mapping({}, job.name), bad)
+    inspector.check_input()
+    inspector.check_checkpoint()
+    inspector.check_output()
+    if inspector.unreachable is not None and len(inspector.problems) == inspector.num_unreachable:
+        raise inspector.unreachable
+    return Inspection(tuple(dict.fromkeys(inspector.problems)), inspector.facts)
+
+
+class _Inspector:
+    def __init__(self, job: Job, source: JobSource, bad: frozenset[KeyPath]) -> None:
+        self.job = job
+        self.source = source
+        self.bad = bad
+        self.problems: list[Problem] = []
+        self.facts = Facts()
+        self.unreachable: StorageError | None = None
+        self.num_unreachable = 0
+
+    def check_input(self) -> None:
+        """Files, columns and the template."""
+        template = self.job.input.template
+        if template is not None:
+            try:
+                template_columns(template)
+            except TemplateError as error:
+                hint = "see the Jinja documentation; names are columns of the row"
+                self._add(("input", "template"), str(error), hint)
+        if not self._usable("input.path", "input.storage_options"):
+            return
+        path = self.job.input.path
+        paths = path if isinstance(path, str) else list(path)
+        found = self._try(
+            ("input", "path"), lambda: find_input(paths, self.job.input.storage_options)
+        )
+        if found is None:
+            return
+        files, problems = found
+        for problem in problems[:_MAX_FILE_PROBLEMS]:
+            self._add_error(("input", "path"), problem)
+        if len(problems) > _MAX_FILE_PROBLEMS:
+            rest = len(problems) - _MAX_FILE_PROBLEMS
+            self._add(("input", "path"), f"{rest} more files cannot be used", "mend them too")
+        self.facts = replace(
+            self.facts,
+            num_files=len(files),
+            num_rows=sum(file.num_rows for file in files),
+            size_bytes=sum(file.size_bytes for file in files),
+        )
+        if files:
+            self._check_columns(files)
+
+    def _check_columns(self, files: list[InputFile]) -> None:
+        for key, columns in self._columns_by_key():
+            for error in InputSchema.check(files, columns)[1]:
+                self._add_error(key, error)
+        if not self.problems:
+            # Each key's columns are fine alone; they must be so together too.
+            for error in InputSchema.check(files, input_columns(self.job))[1]:
+                self._add_error(("input",), error)
+
+    def _columns_by_key(self) -> Iterator[tuple[KeyPath, InputColumns]]:
+        rows = self.job.input
+        if rows.id_column is not None:
+            yield ("input", "id_column"), InputColumns(id=rows.id_column)
+        if rows.prompt_column is not None:
+            yield ("input", "prompt_column"), InputColumns(prompt=rows.prompt_column)
+        if rows.messages_column is not None:
+            yield ("input", "messages_column"), InputColumns(messages=rows.messages_column)
+        if rows.template is not None:
+            try:
+                names = template_columns(rows.template)
+            except TemplateError:
+                names = ()
+            yield ("input", "template"), InputColumns(template=names)
+        for index, name in enumerate(rows.overrides):
+            yield ("input", "overrides", index), InputColumns(overrides=(name,))
+        for index, carried in enumerate(rows.columns):
+            yield ("input", "columns", index), InputColumns(carried=(carried,))
+
+    def check_checkpoint(self) -> None:
+        """Config, headers of the weights, tokenizer, chat template, lengths."""
+        if not self._usable("model.path"):
+            return
+        key = ("model", "path")
+        folder = self._try(key, self._checkpoint_folder)
+        if folder is None:
+            return
+        checkpoint = self._try(key, lambda: check_checkpoint(folder))
+        if checkpoint is not None:
+            self._check_lengths(checkpoint.config)
+        tokenizer = self._try(key, lambda: Tokenizer.load(folder))
+        self._try(key, lambda: load_stop_ids(folder))
+        if tokenizer is not None:
+            chat = self._try(key, lambda: ChatTemplate.load(folder, tokenizer))
+            if chat is not None:
+                self._check_chat(chat)
+
+    def _checkpoint_folder(self) -> Path:
+        path = self.job.model.path
+        if path == _TINY:
+            return Path(__file__).parent / "models" / _TINY
+        return fetch(path, self.job.model_storage_options)
+
+    def _check_lengths(self, config: ModelConfig) -> None:
+        longest = config.max_position_embeddings
+        shapes = expected_tensors(config).values()
+        self.facts = replace(
+            self.facts,
+            num_layers=len(config.layers),
+            num_parameters=sum(math.prod(shape) for shape in shapes),
+            max_model_len=min(self.job.model.max_model_len or longest, longest),
+        )
+        wanted = self.job.model.max_model_len
+        if wanted is not None and wanted > longest:
+            message = f"is {wanted}, more than the checkpoint's {longest}"
+            self._add(("model", "max_model_len"), message, f"write at most {longest}, or null")
+        elif wanted is None and self.job.generation.max_tokens >= longest:
+            self._add(
+                ("generation", "max_tokens"),
+                f"is {self.job.generation.max_tokens}, which leaves no room for a prompt in the "
+                f"checkpoint's {longest} tokens",
+                "lower it",
+            )
+
+    def _check_chat(self, chat: ChatTemplate) -> None:
+        system = self.job.input.system
+        messages = [Message("user", "Hello")]
+        if system is not None:
+            messages.insert(0, Message("system", system))
+        try:
+            chat.encode(messages, reasoning=self.job.generation.reasoning)
+        except PromptError as error:
+            key = ("input", "system") if system is not None else ("model", "path")
+            self._add(key, error.message, error.hint or "use another checkpoint")
+
+    def check_output(self) -> None:
+        """Writable, with the atomic create that parts need."""
+        if not self._usable("output.path", "output.storage_options"):
+            return
+        output = self.job.output
+        self._try(
+            ("output", "path"), lambda: Store.open(output.path, output.storage_options).probe()
+        )
+
+    def _usable(self, *keys: str) -> bool:
+        paths = [tuple(key.split(".")) for key in keys]
+        return not any(
+            path[: len(wrong)] == wrong or wrong[: len(path)] == path
+            for path in paths
+            for wrong in self.bad
+        )
+
+    def _try(self, key: KeyPath, check: Callable[[], _T]) -> _T | None:
+        try:
+            return check()
+        except (InputError, OutputError, CheckpointError, StorageError) as error:
+            self._add_error(key, error)
+            return None
+
+    def _add_error(self, key: KeyPath, error: BatchrunError) -> None:
+        if isinstance(error, StorageError):
+            self.unreachable = self.unreachable or error
+            self.num_unreachable += 1
+        for line in error.message.splitlines():
+            # The key says already whose problem it is.
+            for role in ("input: ", "output: ", "checkpoint: "):
+                line = line.removeprefix(role)
+            self._add(key, line, error.hint)
+
+    def _add(self, key: KeyPath, message: str, hint: str) -> None:
+        self.problems.append(Problem(self.source.place(key), dotted(key), message, hint))
