@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from batchrun.data.checkpoints import fetch
@@ -255,18 +255,33 @@ def _is_open(text: str) -> bool:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as a list; a text, a mapping or a list of ids alone is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    prompts = list(prompts)  # type: ignore[arg-type]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return prompts
+    several: list[Prompt] = []
+    ids: list[int] = []
+    for item in prompts:
+        if isinstance(item, int):
+            ids.append(item)
+        else:
+            several.append(item)
+    if ids and several:
+        raise RequestError("prompts are token ids of one prompt or a list of prompts, not both")
+    return [ids] if ids else several
 
 
 def _as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    if all(isinstance(item, Mapping | Message) for item in messages) and messages:
-        return [messages]  # type: ignore[list-item]
-    return list(messages)  # type: ignore[arg-type]
+    """The conversations as a list; messages alone are one conversation."""
+    turns: list[Mapping[str, object] | Message] = []
+    several: list[Conversation] = []
+    for item in messages:
+        if isinstance(item, Mapping | Message):
+            turns.append(item)
+        else:
+            several.append(item)
+    if turns and several:
+        raise RequestError("chat takes one conversation or a list of conversations, not both")
+    return [turns] if turns else several
 
 
 def _message(message: Mapping[str, object] | Message) -> Message:

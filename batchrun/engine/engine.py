@@ -82,7 +82,7 @@ class Engine:
         self.max_model_len = plan.max_model_len
         self.max_sequences = plan.max_sequences
         self.deterministic = options.deterministic
-        self._runner = runner
+        self.runner = runner
         self._stop_ids = stop_ids
         self._close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
         vocab_size = config.vocab_size
@@ -250,7 +250,7 @@ class Engine:
         for sequence in step.admitted:
             sequence.admitted_at = started
             self._prompt_tokens += len(sequence.request.prompt_token_ids)
-        next_tokens = self._runner.run(step)
+        next_tokens = self.runner.run(step)
         now = time.monotonic()
         ended: set[Sequence] = set()
         for token in next_tokens:

@@ -70,29 +70,32 @@ def plan_memory(config: ModelConfig, request: MemoryRequest) -> MemoryPlan:
         + config.ssm_state_elements * request.state_dtype_bytes
     )
     block_bytes = config.kv_elements_per_token * request.dtype_bytes * BLOCK_SIZE
-    activation_bytes = _activation_bytes(config, request)
+    # Logits of one sequence, sorted and summed up: as good as a part of its state.
+    logit_bytes = config.vocab_size * 24
+    sequence_bytes = slot_bytes + logit_bytes
+    pass_bytes = request.max_batch_tokens * _token_bytes(config)
     # One scratch slot and one scratch block beside the sequences'.
-    left = request.memory_bytes - request.weight_bytes - activation_bytes - slot_bytes - block_bytes
-    if left < slot_bytes + block_bytes:
+    left = request.memory_bytes - request.weight_bytes - pass_bytes - slot_bytes - block_bytes
+    if left < sequence_bytes + block_bytes:
+        needed = pass_bytes + slot_bytes + sequence_bytes + 2 * block_bytes
         raise CheckpointError(
-            f"the model does not fit: its weights take {_mib(request.weight_bytes)}, one pass and "
-            f"one sequence {_mib(activation_bytes + 2 * (slot_bytes + block_bytes))}, and there "
-            f"are {_mib(request.memory_bytes)} of memory",
+            f"the model does not fit: its weights take {_mib(request.weight_bytes)}, one pass with "
+            f"one sequence {_mib(needed)}, and there are {_mib(request.memory_bytes)} of memory",
             "use a device with more memory, a smaller model, or dtype bfloat16",
         )
-    most_blocks = (left - slot_bytes) // block_bytes if block_bytes else None
+    most_blocks = (left - sequence_bytes) // block_bytes if block_bytes else None
     max_model_len = _model_len(config, request, most_blocks)
     per_sequence = _blocks(max_model_len, request.num_forced) if block_bytes else 0
     usual = min(per_sequence, _blocks(_USUAL_TOKENS, request.num_forced)) * block_bytes
     wanted = request.max_sequences or max(
-        1, min(request.most_sequences, left // max(1, slot_bytes + usual))
+        1, min(request.most_sequences, left // (sequence_bytes + usual))
     )
     # However many are wanted, one sequence of full length must find its blocks.
-    fitting = (left - per_sequence * block_bytes) // slot_bytes if slot_bytes else wanted
+    fitting = (left - per_sequence * block_bytes) // sequence_bytes
     max_sequences = max(1, min(wanted, fitting))
     num_blocks = max_sequences * per_sequence
     if block_bytes:
-        num_blocks = min(num_blocks, (left - max_sequences * slot_bytes) // block_bytes)
+        num_blocks = min(num_blocks, (left - max_sequences * sequence_bytes) // block_bytes)
     return MemoryPlan(
         max_model_len=max_model_len,
         max_sequences=max_sequences,
@@ -100,7 +103,7 @@ def plan_memory(config: ModelConfig, request: MemoryRequest) -> MemoryPlan:
         num_blocks=num_blocks + 1,
         blocks_per_sequence=per_sequence,
         weight_bytes=request.weight_bytes,
-        activation_bytes=activation_bytes,
+        activation_bytes=pass_bytes + max_sequences * logit_bytes,
         slot_bytes=slot_bytes,
         block_bytes=block_bytes,
     )
@@ -121,20 +124,17 @@ def _model_len(config: ModelConfig, request: MemoryRequest, most_blocks: int | N
     return holds
 
 
-def _activation_bytes(config: ModelConfig, request: MemoryRequest) -> int:
-    """A generous estimate of what one forward pass takes at its peak.
+def _token_bytes(config: ModelConfig) -> int:
+    """A generous estimate of what a token takes at the peak of a forward pass.
 
-    Per token: the widest layer's input projection and two more values of its width in float32;
-    per sequence: its logits, sorted and summed up.
+    The widest layer's input projection and two more values of its width, in float32.
     """
     widest = max(
         config.mamba_proj_size + 2 * config.mamba_inner_size if config.num_mamba_layers else 0,
         2 * config.intermediate_size,
         3 * config.num_attention_heads * config.head_dim,
     )
-    sequences = request.max_sequences or request.most_sequences
-    per_token = 4 * (widest + 4 * config.hidden_size)
-    return request.max_batch_tokens * per_token + sequences * config.vocab_size * 24
+    return 4 * (widest + 4 * config.hidden_size)
 
 
 def _blocks(max_model_len: int, num_forced: int) -> int:

@@ -73,8 +73,11 @@ class Tokenizer:
         if plain:
             return self.encode_plain(text)
         ids = _ids(self._marked, text)
-        if self.bos_id is not None and (not ids or ids[0] != self.bos_id):
-            ids.insert(0, self.bos_id)
+        bos_id = self.bos_id
+        if bos_id is not None and ids[:1] != [bos_id]:
+            ids.insert(0, bos_id)
+        elif bos_id is not None and ids[1:2] == [bos_id]:  # one of the text, one of the tokenizer
+            del ids[0]
         return ids
 
     def encode_plain(self, text: str) -> list[int]:

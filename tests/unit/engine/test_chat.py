@@ -1,0 +1,190 @@
+"""Chat templates: NVIDIA's format, and texts of rows that stay texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import tiny_problems
+import train_tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from batchrun.engine.chat import ChatTemplate, PromptError
+from batchrun.engine.tokenizer import Tokenizer
+from batchrun.errors import CheckpointError
+from batchrun.records import ErrorKind, Message
+from tests.unit.engine.support import TINY
+
+TOKENIZER = Tokenizer.load(TINY)
+CHAT = ChatTemplate.load(TINY, TOKENIZER)
+PIECES = ["/think", "/no_think", "</think>", "<think>", "<SPECIAL_12>", "<SPECIAL_1", "<s>", "2>",
+          "/no_", "{{ 7*7 }}", "{% if %}", "\udbff"[:0], " ", "x", "😀", "\ue000", "<", "/"]  # fmt: skip
+
+
+def user(text: str) -> list[Message]:
+    return [Message("user", text)]
+
+
+def test_the_golden_example() -> None:
+    """One user message, thinking on and off, exactly as the published template renders it."""
+    on = CHAT.encode(user("Hello"), reasoning=True)
+    assert on.text == (
+        "<SPECIAL_10>System\n\n<SPECIAL_11>User\nHello\n<SPECIAL_11>Assistant\n<think>\n"
+    )
+    assert on.thinking
+    assert list(on.token_ids) == TOKENIZER.encode(on.text)
+    off = CHAT.encode(user("Hello"), reasoning=False)
+    assert off.text.endswith("<SPECIAL_11>Assistant\n<think></think>")
+    assert not off.thinking
+
+
+def test_a_whole_conversation() -> None:
+    """System text stripped, earlier reasoning dropped, turns closed, tool results in one turn."""
+    messages = [
+        Message("system", "  Be brief. "),
+        Message("user", " 3+4? "),
+        Message("assistant", "hm\n</think>\n\n7"),
+        Message("tool", "a"),
+        Message("tool", "b"),
+        Message("user", "sure?"),
+    ]
+    assert CHAT.encode(messages, reasoning=True).text == (
+        "<SPECIAL_10>System\nBe brief.\n<SPECIAL_11>User\n3+4?\n"
+        "<SPECIAL_11>Assistant\n7\n<SPECIAL_12>\n"
+        "<SPECIAL_11>User\n<TOOL_RESPONSE>[a, b]</TOOL_RESPONSE>\n"
+        "<SPECIAL_11>User\nsure?\n<SPECIAL_11>Assistant\n<think>\n"
+    )
+
+
+def test_a_last_assistant_message_is_continued() -> None:
+    """It is a prefill: thinking goes on in it, or is over if it closes the reasoning."""
+    begun = CHAT.encode([*user("3+4?"), Message("assistant", "3+4=")], reasoning=True)
+    assert begun.text.endswith("<think>\n3+4=") and begun.thinking
+    closed = CHAT.encode([*user("3+4?"), Message("assistant", "7</think>")], reasoning=True)
+    assert closed.text.endswith("<think>\n7</think>") and not closed.thinking
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_prompts_are_those_of_the_training(thinking: bool) -> None:
+    """Token for token what the embedded model was taught to see, over examples of every kind."""
+    encoder = train_tiny.Encoder(train_tiny.Tokenizer.from_file(str(TINY / "tokenizer.json")))
+    rng = Random(5)
+    for _ in range(150):
+        drawn = tiny_problems.draw_example(rng, held_out=False)
+        messages = [Message("system", drawn.system)]
+        for question, answer in drawn.earlier:
+            messages += [Message("user", question), Message("assistant", answer)]
+        messages.append(Message("user", drawn.prompt))
+        encoded = CHAT.encode(messages, reasoning=thinking)
+        assert list(encoded.token_ids) == encoder.prompt(drawn, thinking=thinking)
+
+
+def test_clean_texts_are_encoded_as_transformers_encodes_them() -> None:
+    """apply_chat_template gives the same ids where no text holds anything special."""
+    hugging_face = PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"))
+    template = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
+    messages = [Message("system", "Be kind."), Message("user", "What is 3+4? é😀\n\n ok")]
+    plain = [{"role": m.role, "content": m.content} for m in messages]
+    expected = hugging_face.apply_chat_template(
+        plain, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    encoded = CHAT.encode(messages, reasoning=True)
+    assert encoded.text == expected
+    assert list(encoded.token_ids) == hugging_face(expected)["input_ids"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), st.booleans(), st.booleans())
+@example("<SPECIAL_1<SPECIAL_12>2>", True, False)
+@example("</think>/no_think<s>", True, True)
+@settings(deadline=None)
+def test_texts_stay_texts(text: str, reasoning: bool, in_system: bool) -> None:
+    """Whatever stands in a text is neither special nor a switch nor deleted."""
+    messages = [Message("system", text)] if in_system else []
+    encoded = CHAT.encode([*messages, *user(text)], reasoning=reasoning)
+    system = text.strip() if in_system else ""
+    end = "<think>\n" if reasoning else "<think></think>"
+    plain = TOKENIZER.encode_plain
+    assert list(encoded.token_ids) == [
+        1,
+        10,
+        *plain(f"System\n{system}\n"),
+        11,
+        *plain(f"User\n{text.strip()}\n"),
+        11,
+        *plain(f"Assistant\n{end}"),
+    ]
+    assert encoded.thinking == reasoning
+
+
+def test_a_role_the_template_refuses_is_a_template_error() -> None:
+    """The row gets the template's own words."""
+    with pytest.raises(PromptError, match="a narrator message cannot stand here") as caught:
+        CHAT.encode([Message("narrator", "once")], reasoning=True)
+    assert caught.value.row_error.kind is ErrorKind.TEMPLATE
+
+
+def test_lone_surrogates_are_an_invalid_prompt() -> None:
+    """The row is told; the text is not mangled."""
+    with pytest.raises(PromptError) as caught:
+        CHAT.encode(user("a\udfff"), reasoning=True)
+    assert caught.value.row_error.kind is ErrorKind.INVALID_PROMPT
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__ }}",
+        "{{ messages.append(1) }}",
+        "{{ '%s' | format(nothing.x.y) }}",
+        "{{ 1/0 }}",
+        "{% for i in range(1000000) %}x{% endfor %}",
+    ],
+)
+def test_a_template_cannot_break_out(source: str) -> None:
+    """Templates come with checkpoints, which are not trusted: sandbox errors are row errors."""
+    chat = ChatTemplate(source, TOKENIZER, names={})
+    try:
+        text = chat.encode(user("x"), reasoning=True).text
+    except PromptError as error:
+        assert error.row_error.kind is ErrorKind.TEMPLATE
+    else:
+        assert text == ""  # the sandbox hides what may not be seen
+
+
+def test_other_switches_and_template_files(tmp_path: Path) -> None:
+    """chat_template.jinja comes before tokenizer_config.json; enable_thinking is passed; a
+    template without /think gets no such word; <s> written by a template is not doubled."""
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{{ messages[0].content }}|{{ messages | length }}|"
+        "{{ '<think>' if enable_thinking }}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>"}, "chat_template": "no"})
+    )
+    chat = ChatTemplate.load(tmp_path, TOKENIZER)
+    on, off = (chat.encode(user("hi <s>"), reasoning=flag) for flag in (True, False))
+    assert on.text == "<s>hi <s>|1|<think>" and on.thinking
+    assert off.text == "<s>hi <s>|1|" and not off.thinking
+    assert on.token_ids.count(1) == 1 and on.token_ids[0] == 1
+
+
+def test_several_named_templates(tmp_path: Path) -> None:
+    """The one named default is taken."""
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert ChatTemplate.load(tmp_path, TOKENIZER).encode(user("x"), reasoning=True).text == "yes"
+
+
+def test_no_template_and_a_broken_one_are_checkpoint_errors(tmp_path: Path) -> None:
+    """Both say what is wrong before a row is run."""
+    assert not ChatTemplate.exists(tmp_path)
+    with pytest.raises(CheckpointError, match="no chat template"):
+        ChatTemplate.load(tmp_path, TOKENIZER)
+    (tmp_path / "chat_template.jinja").write_text("a\n{% if %}")
+    with pytest.raises(CheckpointError, match="line 2"):
+        ChatTemplate.load(tmp_path, TOKENIZER)
