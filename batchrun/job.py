@@ -8,6 +8,7 @@ there. Rules that bind several keys are in :mod:`batchrun.jobrules`.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,13 @@ def _without_empty(value: object) -> object:
     """Options that an unset variable left empty (``"${S3_ENDPOINT:-}"``) are as if not given."""
     if isinstance(value, dict):
         return {key: item for key, item in value.items() if item not in ("", None)}
+    return value
+
+
+def _not_switch(value: object) -> object:
+    # A literal compares by ==, to which true is 1.
+    if isinstance(value, bool):
+        raise ValueError("a switch")
     return value
 
 
@@ -171,7 +179,7 @@ class Generation(Section):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = str(first["loc"][0])
-            expected = expectation(schema_of(("generation", key), Job.model_json_schema()))
+            expected = expectation(schema_of(("generation", key), _schema()))
             raise ValueError(f"{key} must be {expected}, not {shown(merged[key])}") from None
         reserve = changed.answer_reserve
         if reserve != "auto" and reserve >= changed.max_tokens:
@@ -206,7 +214,7 @@ class Resources(Section):
 
     workers: Count | WorkerRange = 1
     """How many workers, each with one engine; or {min: …, max: …}."""
-    gpus_per_worker: Literal["auto", 0, 1] = "auto"
+    gpus_per_worker: Annotated[Literal["auto", 0, 1], BeforeValidator(_not_switch)] = "auto"
     """auto is 1 where the cluster has GPUs, else 0."""
     accelerator_type: Text | None = None
     """Ray's label, such as A10G; null is any."""
@@ -364,7 +372,7 @@ def check_source(source: JobSource) -> Reading:
     bad: set[KeyPath] = set(source.broken)
     for key in source.broken:
         repair(raw, key)
-    schema = Job.model_json_schema()
+    schema = _schema()
     job: Job | None = None
     # Each wrong value is noted and replaced, until what is left is a job. A wrong section can
     # hide wrong keys no deeper than the schema is, so a few rounds are enough.
@@ -400,6 +408,11 @@ def json_schema() -> dict[str, Any]:
         **schema,
         "title": "batchrun job",
     }
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return Job.model_json_schema()
 
 
 def _sections(raw: Mapping[str, object]) -> dict[str, Any]:

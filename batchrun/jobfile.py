@@ -17,6 +17,7 @@ import yaml
 
 from batchrun.errors import JobError, Problem
 from batchrun.jobscalars import ScalarError, expand_variables, parse_scalar
+from batchrun.logs import printable
 from batchrun.wording import dotted, nearest
 
 MAX_JOB_BYTES = 256 * 1024
@@ -92,7 +93,7 @@ def in_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 def _read_text(name: str) -> str:
     def refuse(message: str, hint: str, line: int | None = None) -> JobError:
-        place = name if line is None else f"{name}:{line}"
+        place = printable(name) if line is None else f"{printable(name)}:{line}"
         return JobError((Problem(place, "", message, hint),))
 
     try:
@@ -143,7 +144,7 @@ class _Reader:
     """Builds values from YAML events, noting places and problems on the way."""
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
-        self.name = name
+        self.name = printable(name)
         self.environ = environ
         self.places: dict[KeyPath, str] = {}
         self.problems: list[Problem] = []

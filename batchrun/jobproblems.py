@@ -25,11 +25,20 @@ def explain(
     part = schema_of(key, schema)
     expected = expectation(part)
     if kind == "missing":
-        return "is missing", f"give {expected}"
+        return "is missing", _describe(str(key[-1]), part)
     value: Any = raw
     for step in key:
         value = value[step]
     return f"must be {expected}, not {shown(value)}", _mend(key, value, part)
+
+
+def _describe(name: str, part: Mapping[str, Any]) -> str:
+    """What to give for a key that is missing."""
+    if "properties" in part:
+        required = " and ".join(part.get("required", ()))
+        return f"add a section `{name}:` with {required}" if required else f"add `{name}:`"
+    text = part.get("description", "")
+    return f"give it: {text[:1].lower()}{text[1:].rstrip('.')}" if text else "give it"
 
 
 def _mend(key: KeyPath, value: object, schema: Mapping[str, Any]) -> str:
@@ -93,27 +102,17 @@ def _resolved(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, 
 
 
 def repair(raw: dict[str, Any], key: KeyPath) -> None:
-    """Take the wrong value at ``key`` out; a required key gets a stand-in."""
-    if not key:
+    """Take the wrong value at ``key`` out of ``raw``, so that its default stands in for it.
+
+    Below ``section.key`` the whole value goes. A path that the schema requires gets a stand-in.
+    """
+    section = raw.get(str(key[0])) if key else None
+    if len(key) > 1 and isinstance(section, dict):
+        section.pop(key[1], None)
+    elif key:
+        raw.pop(str(key[0]), None)
+    else:
         raw.clear()
-        return
-    section: Any = raw
-    for part in key[:-1]:
-        try:
-            section = section[part]
-        except (KeyError, IndexError, TypeError):
-            return
-    if isinstance(section, list):
-        # The list as a whole falls back to its default, or its other items would move.
-        repair(raw, key[:-1])
-        return
-    if not isinstance(section, dict):
-        return
-    section.pop(key[-1], None)
-    if (len(key) == 2 and key[1] == "path") or key[:2] == ("resources", "workers"):
-        if key[0] in ("model", "input", "output"):
-            section["path"] = "?"
-        else:
-            raw["resources"].pop("workers", None)
-    elif len(key) == 1 and key[0] in ("model", "input", "output"):
-        section[str(key[0])] = {}
+    for name in ("model", "input", "output"):
+        if key in ((), (name,)) or key[:2] == (name, "path"):
+            raw.setdefault(name, {})["path"] = "?"

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from batchrun.logs import names_a_secret, redact
-from batchrun.wording import nearest, shown
+from batchrun.wording import nearest, quoted
 
 Values = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ RESERVED_COLUMNS = (
     "correct",
 )
 
-OUTPUT_SCHEMES = ("s3", "gs", "file")
+OUTPUT_SCHEMES = ("s3", "s3a", "gs", "gcs", "file")
 
 _ABSENT = "is not available in this version"
 _CREDENTIALS = (
@@ -183,13 +183,17 @@ def _resources(job: Values) -> Iterator[Violation]:
     if resources["accelerator_type"] is not None and resources["gpus_per_worker"] == 0:
         yield Violation(
             ("resources", "accelerator_type"),
-            f"asks for {shown(resources['accelerator_type'])[9:]} while gpus_per_worker is 0",
+            f"asks for {quoted(resources['accelerator_type'])} while gpus_per_worker is 0",
             "delete accelerator_type, or write gpus_per_worker: auto",
             ("resources.gpus_per_worker",),
         )
 
 
 def _output_place(job: Values) -> Iterator[Violation]:
+    if slip := re.match(r"(s3a?|gs|gcs|file):/?(?!/)", job["output"]["path"]):
+        hint = f"did you mean {slip[1]}://{job['output']['path'][slip.end() :]}?"
+        yield Violation(("output", "path"), "is neither a URL nor a plain path", hint)
+        return
     scheme = _scheme(job["output"]["path"])
     if scheme and scheme not in OUTPUT_SCHEMES:
         close = nearest(scheme, OUTPUT_SCHEMES)
@@ -216,7 +220,7 @@ def _output_place(job: Values) -> Iterator[Violation]:
             relation = "lies inside the input" if inside else "holds the input"
         yield Violation(
             ("output", "path"),
-            f"{relation} ({printable_path(path)}), so parts and prompts would be mixed up",
+            f"{relation} ({quoted(path, 200)}), so parts and prompts would be mixed up",
             "write to a folder of its own",
             ("input.path",),
         )
@@ -241,11 +245,6 @@ def secrets(raw: object, key: tuple[str | int, ...] = ()) -> Iterator[Violation]
                 yield from secrets(value, (*key, index))
         case str() if redact(raw) != raw:
             yield Violation(key, "holds a credential, and a job holds none", _CREDENTIALS)
-
-
-def printable_path(path: str) -> str:
-    """A path or URL as a message shows it."""
-    return shown(path)[10:-1]
 
 
 def _scheme(path: str) -> str:

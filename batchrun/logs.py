@@ -42,7 +42,7 @@ _SECRETS = tuple(
         # name=value and "name": "value" where the name says that it is a secret.
         (
             r"(?P<keep>\b[\w.-]*(?:secret|password|passwd|api_?key|access_?key|auth_?token|"
-            r"session_?token|private_?key|credential)[\w.-]*[\"']?\s*[:=]\s*[\"']?)"
+            r"session_?token|private_?key|account_?key)[\w.-]*[\"']?\s*[:=]\s*[\"']?)"
             r"[^\s\"',;&}\]]{4,}",
             "i",
         ),
@@ -50,8 +50,8 @@ _SECRETS = tuple(
 )
 
 _SECRET_NAME = re.compile(
-    r"secret|passw(or)?d|token|credential|api_?key|access_?key|private_?key|account_?key"
-    r"|^key$|^sas",
+    r"secret|passw(or)?d|(^|[_-])token($|[_-])|api_?key|access_?key|private_?key|account_?key"
+    r"|connection_?string|^key$",
     re.IGNORECASE,
 )
 

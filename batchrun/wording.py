@@ -39,14 +39,19 @@ def shown(value: object) -> str:
         case int() | float():
             return str(value)
         case str():
-            text = printable(redact(value))
-            return f"the text '{text[:60]}…'" if len(text) > 60 else f"the text '{text}'"
+            return f"the text {quoted(value)}"
         case Mapping():
             return "a mapping"
         case Sequence():
             return "a list" if value else "an empty list"
         case _:
             return f"a value of type {type(value).__name__}"
+
+
+def quoted(text: str, limit: int = 60) -> str:
+    """``'text'`` as a message shows it: without secrets and control characters, cut if long."""
+    safe = printable(redact(text))
+    return f"'{safe[:limit]}…'" if len(safe) > limit else f"'{safe}'"
 
 
 def join_or(words: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -124,7 +125,9 @@ def _show(error: Exception) -> int:
             count = len(error.problems)
             problems = "1 problem" if count == 1 else f"{count} problems"
             for problem in error.problems:
-                echo_error(redact(str(problem)))
+                # Field by field: a key that names a secret is no secret.
+                hint = redact(problem.hint)
+                echo_error(str(replace(problem, message=redact(problem.message), hint=hint)))
             _say(f"the job has {problems}; nothing was written")
             return error.exit_code
         case BatchrunError():
