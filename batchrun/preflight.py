@@ -30,7 +30,7 @@ from batchrun.errors import (
 from batchrun.job import Job
 from batchrun.jobfile import JobSource, KeyPath
 from batchrun.model.checkpoint import check_checkpoint, expected_tensors
-from batchrun.model.config import ModelConfig
+from batchrun.model.config import ModelConfig, load_config
 from batchrun.prompts import TemplateError, input_columns, template_columns
 from batchrun.records import Message
 from batchrun.wording import dotted
@@ -165,9 +165,9 @@ class _Inspector:
         folder = self._try(key, self._checkpoint_folder)
         if folder is None:
             return
-        checkpoint = self._try(key, lambda: check_checkpoint(folder))
-        if checkpoint is not None:
-            self._check_lengths(checkpoint.config)
+        config = self._try(key, lambda: self._config(folder))
+        if config is not None:
+            self._check_lengths(config)
         tokenizer = self._try(key, lambda: Tokenizer.load(folder))
         self._try(key, lambda: load_stop_ids(folder))
         if tokenizer is not None:
@@ -179,7 +179,14 @@ class _Inspector:
         path = self.job.model.path
         if path == _TINY:
             return Path(__file__).parent / "models" / _TINY
-        return fetch(path, self.job.model_storage_options)
+        # A remote checkpoint's weights are downloaded by the workers, where they are needed.
+        return fetch(path, self.job.model_storage_options, weights=False)
+
+    def _config(self, folder: Path) -> ModelConfig:
+        is_remote = "://" in self.job.model.path and not self.job.model.path.startswith("file://")
+        if is_remote and not any(folder.glob("*.safetensors")):
+            return load_config(folder)
+        return check_checkpoint(folder).config
 
     def _check_lengths(self, config: ModelConfig) -> None:
         longest = config.max_position_embeddings

@@ -20,6 +20,7 @@ from batchrun.errors import CheckpointError, StorageError
 
 # Nothing else of a checkpoint is ever fetched: no pickles, no code.
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
+_WEIGHTS = ".safetensors"
 _RECORD = "batchrun-files.json"
 _CHUNK_BYTES = 8 << 20
 
@@ -32,11 +33,14 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path.home() / ".cache" / "batchrun" / "checkpoints"
 
 
-def fetch(url: str, storage_options: Mapping[str, object] | None = None) -> Path:
+def fetch(
+    url: str, storage_options: Mapping[str, object] | None = None, *, weights: bool = True
+) -> Path:
     """The local folder of the checkpoint at ``url``.
 
     A local folder is used as it is. A remote one is downloaded once a machine: concurrent callers
     wait for the first, and a version that changed at its source is another entry of the cache.
+    Without ``weights`` a remote one may come without its weight files, which must exist.
     Raises :class:`~batchrun.errors.CheckpointError` for a folder that does not exist or has no
     ``config.json``, and StorageError when storage fails.
     """
@@ -47,13 +51,51 @@ def fetch(url: str, storage_options: Mapping[str, object] | None = None) -> Path
         files = _list(fs, root)
     if "config.json" not in files:
         raise _no_config(url)
-    key = hashlib.sha256(json.dumps([url.rstrip("/"), files], sort_keys=True).encode())
-    target = cache_folder() / key.hexdigest()[:32]
+    small = {name: entry for name, entry in files.items() if not name.endswith(_WEIGHTS)}
+    if weights or (len(small) < len(files) and _is_whole(_target(url, files), files)):
+        return _bring(fs, root, url, files)
+    folder = _bring(fs, root, url, small)
+    _check_weight_names(url, folder, files)
+    return folder
+
+
+def _bring(fs: Any, root: str, url: str, files: Mapping[str, list[object]]) -> Path:
+    """The folder of the cache with exactly these files of the checkpoint."""
+    target = _target(url, files)
     with _locked(target):
         if not _is_whole(target, files):
             shutil.rmtree(target, ignore_errors=True)
             _download(fs, root, url, files, target)
     return target
+
+
+def _target(url: str, files: Mapping[str, list[object]]) -> Path:
+    key = hashlib.sha256(json.dumps([url.rstrip("/"), files], sort_keys=True).encode())
+    return cache_folder() / key.hexdigest()[:32]
+
+
+def _check_weight_names(url: str, folder: Path, files: Mapping[str, list[object]]) -> None:
+    """Every weight file that the index promises is there, or at least one without an index."""
+    present = {name for name in files if name.endswith(_WEIGHTS)}
+    index = folder / "model.safetensors.index.json"
+    promised: set[str] = set()
+    if index.is_file() and "model.safetensors" not in present:
+        try:
+            promised = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"checkpoint: {url}/{index.name} is not an index of weights", "copy it again"
+            ) from error
+    if missing := sorted(promised - present):
+        raise CheckpointError(
+            f"checkpoint: {url}/{index.name} names weight files that are missing: "
+            f"{', '.join(missing)}",
+            "copy the checkpoint again",
+        )
+    if not present:
+        raise CheckpointError(
+            f"checkpoint: {url} holds no weights: no *.safetensors", "copy the checkpoint again"
+        )
 
 
 def _local(url: str) -> Path:
