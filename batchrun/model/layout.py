@@ -150,6 +150,7 @@ def _lay_out_attention(batch: Batch, block_size: int) -> AttentionLayout:
     write_rows = blocks * block_size + position % block_size  # [T]
 
     groups = []
+    offsets = torch.arange(block_size, device=device)  # [block_size]
     for pieces in _similar(_cut(batch.query_lens, batch.context_lens)):
         who = torch.tensor([piece.sequence for piece in pieces], device=device)  # [n]
         first = torch.tensor([piece.first_query for piece in pieces], device=device)  # [n]
@@ -161,12 +162,12 @@ def _lay_out_attention(batch: Batch, block_size: int) -> AttentionLayout:
         query = torch.where(is_query, query, 0)  # [n, Lq]
         query_tokens = (starts[who] + first)[:, None] + query  # [n, Lq]
         query_positions = (num_keys - num_queries)[:, None] + query  # [n, Lq]
-        key_or_first = torch.where(key < num_keys[:, None], key, 0)  # [n, Lk]
-        blocks = batch.block_tables[who].gather(1, key_or_first // block_size)  # [n, Lk]
+        tables = batch.block_tables[who, : -(-len(key) // block_size)]  # [n, blocks]
+        rows = (tables[..., None] * block_size + offsets).flatten(1)[:, : len(key)]  # [n, Lk]
         groups.append(
             AttentionGroup(
                 query_tokens=query_tokens,
-                key_rows=blocks * block_size + key_or_first % block_size,
+                key_rows=torch.where(key < num_keys[:, None], rows, rows[:, :1]),
                 mask=key <= query_positions[:, None, :, None],
                 cells=is_query.flatten().nonzero().squeeze(1),
                 tokens=query_tokens[is_query],
@@ -199,6 +200,10 @@ def _cut(query_lens: tuple[int, ...], context_lens: tuple[int, ...]) -> Iterator
 _MIN_KEYS_BITS = 6
 """Contexts of up to 2 ** 6 tokens are padded to one another: that costs less than a group."""
 
+_MAX_KEYS = 8192
+"""Keys gathered for a group, padding included, unless one run alone needs more: a bound on memory,
+and small enough that what was gathered is still in the cache when it is read."""
+
 
 def _similar(pieces: Iterator[_Piece]) -> list[list[_Piece]]:
     """Pieces in groups, so that padding at most about doubles the lengths in a group."""
@@ -206,4 +211,8 @@ def _similar(pieces: Iterator[_Piece]) -> list[list[_Piece]]:
     for piece in pieces:
         keys_bits = max((piece.num_keys - 1).bit_length(), _MIN_KEYS_BITS)
         groups[(piece.num_queries - 1).bit_length(), keys_bits].append(piece)
-    return list(groups.values())
+    bounded = []
+    for (_, keys_bits), group in groups.items():
+        size = max(1, _MAX_KEYS >> keys_bits)
+        bounded += [group[i : i + size] for i in range(0, len(group), size)]
+    return bounded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -73,13 +74,20 @@ class Pair:
 
 
 def make_oracle(seed: int, **changes: object) -> NemotronHForCausalLM:
-    """transformers' model of one configuration.
-
-    It clamps time steps in its prefill at ``time_step_min``, but not in its decode; the model was
-    trained without, so the clamp is taken off.
-    """
+    """transformers' model of one configuration with random weights."""
     oracle = NemotronHForCausalLM(NemotronHConfig(**(_BASE | changes))).float().eval()
     randomize(oracle, seed)
+    return _unclamped(oracle)
+
+
+def load_oracle(folder: Path) -> NemotronHForCausalLM:
+    """transformers' model of a checkpoint, in float32."""
+    return _unclamped(NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def _unclamped(oracle: NemotronHForCausalLM) -> NemotronHForCausalLM:
+    """Take off the clamp of time steps at ``time_step_min``: transformers has it in its prefill
+    but not in its decode, and these models were trained without."""
     for layer in oracle.model.layers:
         if hasattr(layer.mixer, "time_step_limit"):
             layer.mixer.time_step_limit = (0.0, float("inf"))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import batchrun
 from batchrun.model.config import load_config
 from batchrun.model.weights import load_model
-from tests.parity.oracle import make_oracle, oracle_logits
+from tests.parity.oracle import load_oracle, make_oracle, oracle_logits
 from tests.unit.model.models import Driver, assert_close, random_tokens
 
 
@@ -41,3 +42,13 @@ def test_saved_in_shards(tmp_path: Path) -> None:
     model = load_model(tmp_path, load_config(tmp_path), torch.float32, "cpu")
     prompt = random_tokens(model.config, 20)
     assert_close(Driver(model).run(prompt), oracle_logits(oracle, prompt))
+
+
+def test_embedded_model() -> None:
+    """The checkpoint that ships with the package computes in transformers what it does here."""
+    folder = Path(batchrun.__file__).parent / "models" / "tiny"
+    oracle = load_oracle(folder)
+    model = load_model(folder, load_config(folder), torch.float32, "cpu")
+    prompt = random_tokens(model.config, 150)
+    logits = Driver(model, blocks_per_slot=40).run(prompt, [64, 65, 149])
+    assert_close(logits, oracle_logits(oracle, prompt))

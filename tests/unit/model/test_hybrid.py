@@ -95,6 +95,25 @@ def test_very_different_lengths_in_one_batch() -> None:
     assert_close(logits["short"], driver.run(short)[1:2], TOLERANCE)
 
 
+def test_a_broken_neighbour() -> None:
+    """NaN in one sequence's state stays there, and does not outlive it in its slot and blocks."""
+    driver = Driver(random_model(), num_slots=3)
+    good, next_one = random_tokens(SMALL, 12), random_tokens(SMALL, 30, seed=3)
+    expected = driver.run(good)
+    logits = driver.step(prefills={"bad": [1, 2, 3], "good": good[:9]})
+    bad = driver.slots["bad"]
+    driver.state.ssm[:, bad] = driver.state.conv[:, bad] = torch.nan
+    logits = driver.step(decodes={"bad": 1, "good": good[9]})
+    logits |= driver.step(decodes={"good": good[10]}, prefills={"bad": [1, 2]})
+    assert logits["bad"].isnan().all()
+    assert_close(logits["good"], expected[10:11], TOLERANCE)
+    driver.finish("bad")
+    logits = driver.step(decodes={"good": good[11]}, prefills={"next": next_one})
+    assert driver.slots["next"] == bad
+    assert_close(logits["good"], expected[11:], TOLERANCE)
+    assert_close(logits["next"], Driver(driver.model).run(next_one), TOLERANCE)
+
+
 def test_states_do_not_depend_on_chunking() -> None:
     """One go, pieces, and token by token leave the same conv and SSM state behind."""
     tokens = random_tokens(SMALL, 21)

@@ -13,7 +13,8 @@ def make_batch(
     context_lens: tuple[int, ...],
     blocks_each: int = 24,
 ) -> Batch:
-    """``decodes`` are their contexts, which ``context_lens`` repeats. Places are shuffled."""
+    """``context_lens`` begins with ``decodes``, the contexts of the decodes. Places are shuffled;
+    up to 11 sequences have slots from 1 to 11."""
     generator = torch.Generator().manual_seed(2)
     num_sequences = len(decodes) + len(prefill_lens)
     blocks = torch.randperm(num_sequences * blocks_each, generator=generator) + 1
@@ -21,7 +22,7 @@ def make_batch(
         token_ids=torch.zeros(len(decodes) + sum(prefill_lens), dtype=torch.long),
         num_decodes=len(decodes),
         prefill_lens=prefill_lens,
-        slots=torch.randperm(11, generator=generator)[:num_sequences] + 1,
+        slots=torch.randperm(max(11, num_sequences), generator=generator)[:num_sequences] + 1,
         context_lens=context_lens,
         block_tables=blocks.view(num_sequences, blocks_each),
         logit_rows=torch.tensor([0]),

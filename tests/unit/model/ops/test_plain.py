@@ -179,6 +179,8 @@ def test_gated_norm(draw: Callable[..., Tensor]) -> None:
         ((19,), ((5, 2), (1, 0), (30, 0), (4, 8))),
         # Longer than a run of queries, so that it is cut.
         ((2,), ((300, 9), (257, 0))),
+        # More keys than one group may gather.
+        ((300,) * 20 + (290,), ()),
     ],
 )
 def test_attention(
