@@ -39,7 +39,7 @@ class ModelRunner:
         one_by_one: bool = False,
     ) -> None:
         """``one_by_one`` gives each sequence a forward pass of its own."""
-        self._model = model
+        self.model = model
         self._device = device
         self._one_by_one = one_by_one
         self.state = State.allocate(
@@ -94,7 +94,7 @@ class ModelRunner:
             block_tables=self._tables[slot_ids, :width],
             logit_rows=rows,
         )
-        logits = self._model(batch, self.state)  # [L, V]
+        logits = self.model(batch, self.state)  # [L, V]
         for sequence in decodes:
             sequence.num_context += 1
         for chunk in prefills:

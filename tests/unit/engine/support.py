@@ -8,10 +8,10 @@ from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import torch
-import train_tiny
 from safetensors.torch import save_file
 
 import batchrun
+import train_tiny
 from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
@@ -55,7 +55,8 @@ def write_random(folder: Path, *, seed: int = 0, tokenizer: bool = True, **chang
 def make_engine(folder: Path, **options: object) -> Engine:
     """An engine in float32 on the CPU; what was in its pools before is NaN."""
     engine = Engine.load(folder, EngineOptions(device="cpu", **options))  # type: ignore[arg-type]
-    for pool in (engine.runner.state.conv, engine.runner.state.ssm):
+    state = engine.runner.state
+    for pool in (state.conv, state.ssm, state.keys, state.values):
         pool.fill_(torch.nan)
     return engine
 

@@ -78,7 +78,7 @@ def test_random_numbers_are_uniform_and_uncorrelated() -> None:
     keys = torch.tensor([stream_key(seed, sample) for seed in range(200) for sample in range(100)])
     by_key = uniform(keys, torch.zeros(count, dtype=torch.int64))
     for numbers in (by_position, by_key):
-        assert 0 <= numbers.min() and numbers.max() < 1
+        assert numbers.min() >= 0 and numbers.max() < 1
         histogram = torch.histc(numbers.float(), bins=50, min=0, max=1)
         chi_square = float(((histogram - count / 50) ** 2 / (count / 50)).sum())
         assert chi_square < 95  # 49 degrees of freedom: beyond is less likely than 1 in 10,000

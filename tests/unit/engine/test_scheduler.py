@@ -26,6 +26,7 @@ def sequence(key: str, num_prompt: int, *, num_reserved: int | None = None) -> S
 def scheduler(
     *, slots: int = 8, blocks: int = 100, tokens: int = 10, deterministic: bool = False
 ) -> Scheduler:
+    """A scheduler with blocks of 4 tokens."""
     return Scheduler(
         Pool("slot", slots + 1),
         Pool("block", blocks + 1),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import train_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_tiny
 from batchrun.engine.thinking import End, ForcedClose, Thinking
 from batchrun.engine.tokenizer import Tokenizer
 from tests.unit.engine.support import TINY
@@ -30,6 +30,7 @@ def think(
 
 
 def forced(text: str) -> tuple[int, ...]:
+    """The ids of a forced text."""
     return tuple(TOKENIZER.encode_plain(text))
 
 

@@ -20,6 +20,7 @@ OUTPUT_BYTES = [*PIECES, b"", *(bytes([byte]) for byte in range(256))]
 
 
 def encode(text: str) -> list[int]:
+    """A tokenizer of bytes, whose ids no sampled token has."""
     return [FORCED + byte for byte in text.encode()]
 
 
@@ -36,6 +37,7 @@ def transcript(
     min_tokens: int = 0,
     stops: tuple[bytes, ...] = (),
 ) -> Transcript:
+    """A transcript over the pieces."""
     machine = Thinking(CLOSE, budget=budget, grace=grace, latest=max_tokens - reserve)
     return Transcript(
         OUTPUT_BYTES,
@@ -58,6 +60,7 @@ def feed(made: Transcript, ids: list[int]) -> Transcript:
 
 
 def ids_of(*pieces: bytes) -> list[int]:
+    """The ids of pieces."""
     return [PIECES.index(piece) for piece in pieces]
 
 

@@ -1,0 +1,42 @@
+"""Engine options: what a person writes, and what it means here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchrun.engine.options import EngineOptions
+from batchrun.errors import RequestError
+
+
+def test_auto_is_float32_on_a_cpu() -> None:
+    """Weights and state; the state stays float32 beside bfloat16 weights."""
+    options = EngineOptions(device="cpu")
+    assert options.torch_dtype is options.torch_state_dtype is torch.float32
+    half = EngineOptions(device="cpu", dtype="bfloat16")
+    assert (half.torch_dtype, half.torch_state_dtype) == (torch.bfloat16, torch.float32)
+    assert EngineOptions(device="cuda").torch_dtype is torch.bfloat16
+
+
+def test_free_memory_is_a_part_of_the_machines() -> None:
+    """Something, and less than all."""
+    free = EngineOptions(device="cpu").free_memory_bytes()
+    assert 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "float16"),
+        ("state_dtype", "int8"),
+        ("max_model_len", 0),
+        ("max_sequences", "auto"),
+        ("max_sequences", True),
+        ("max_batch_tokens", None),
+        ("num_threads", 0),
+    ],
+)
+def test_a_bad_option_is_named(name: str, value: object) -> None:
+    """With the value that was given."""
+    with pytest.raises(RequestError, match=name):
+        EngineOptions(**{name: value})  # type: ignore[arg-type]
