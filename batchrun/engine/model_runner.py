@@ -105,7 +105,7 @@ class ModelRunner:
         params = [sequence.request.params for sequence in sequences]
         counts = [sequence.transcript.num_sampled for sequence in sequences]
         needs = Needs(
-            drawing=any(not p.greedy for p in params),
+            drawing=[row for row, p in enumerate(params) if not p.greedy],
             filtering=any(p.filtered and not p.greedy for p in params),
             penalty=any(p.repetition_penalty != 1.0 for p in params),
             logprobs=any(p.logprobs is not None for p in params),
@@ -121,7 +121,6 @@ class ModelRunner:
             logits,
             torch.tensor([sequence.slot or 0 for sequence in sequences], device=self._device),
             torch.tensor(counts, device=self._device),
-            torch.tensor([p.greedy for p in params], device=self._device),
             needs,
         )
         logprobs = result.logprobs or [0.0] * len(sequences)

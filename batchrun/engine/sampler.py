@@ -45,10 +45,11 @@ def uniform(keys: Tensor, positions: Tensor) -> Tensor:
 class Needs:
     """What some row of a batch needs; what none needs is not computed.
 
-    ``banned`` are (row, token ids that it may not take yet).
+    ``drawing`` are the rows that are not greedy; ``banned`` are (row, token ids that it may not
+    take yet).
     """
 
-    drawing: bool = False
+    drawing: AnySequence[int] = ()
     filtering: bool = False
     penalty: bool = False
     logprobs: bool = False
@@ -96,18 +97,16 @@ class Sampler:
         if self._seen is not None and tokens:
             self._seen[slot, torch.tensor(tokens, device=self._device)] = True
 
-    def sample(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, greedy: Tensor, needs: Needs
-    ) -> Sampled:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, needs: Needs) -> Sampled:
         """One token a row.
 
-        logits [L, V] float32, slots [L] int64, positions [L] int64 (tokens sampled before),
-        greedy [L] bool. Leaves the logits as they are.
+        logits [L, V] float32, slots [L] int64, positions [L] int64 (tokens sampled before).
+        Leaves the logits as they are.
         """
         adjusted = self._adjust(logits, slots, needs)
         ids = adjusted.argmax(dim=-1)  # [L]
         if needs.drawing:
-            drawing = (~greedy).nonzero().squeeze(1)  # [R] of the L rows
+            drawing = torch.tensor(needs.drawing, device=self._device)  # [R] of the L rows
             rows = slots[drawing]
             probs = torch.softmax(adjusted[drawing] / self._numbers[rows, 0, None], dim=-1)
             if needs.filtering:
@@ -144,7 +143,7 @@ class Sampler:
         probability, so that equal probabilities share their fate.
         """
         _, top_p, min_p, _ = self._numbers[rows].double().unbind(1)  # [R] each
-        ordered = probs.double().sort(dim=-1, descending=True).values  # [R, V]
+        ordered = probs.sort(dim=-1, descending=True).values.double()  # [R, V]
         rank = torch.arange(ordered.shape[1], device=ordered.device)
         kept = (ordered >= min_p[:, None] * ordered[:, :1]) & (rank < self._top_k[rows, None])
         share = torch.where(kept, ordered, 0.0)

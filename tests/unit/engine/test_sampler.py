@@ -34,9 +34,8 @@ def sample(
         logits,
         torch.arange(1, rows + 1),
         torch.tensor(positions or [0] * rows),
-        torch.tensor([p.greedy for p in params]),
         Needs(
-            drawing=any(not p.greedy for p in params),
+            drawing=[row for row, p in enumerate(params) if not p.greedy],
             filtering=any(p.filtered for p in params),
             penalty=any(p.repetition_penalty != 1 for p in params),
             logprobs=any(p.logprobs is not None for p in params),
@@ -188,7 +187,7 @@ def test_the_repetition_penalty_acts_on_prompt_and_output() -> None:
 
     def step() -> int:
         return sampler.sample(
-            logits, torch.tensor([1]), torch.tensor([0]), torch.tensor([True]), Needs(penalty=True)
+            logits, torch.tensor([1]), torch.tensor([0]), Needs(penalty=True)
         ).token_ids[0]
 
     # 3 -> 1.5 by the prompt; then 1 is halved, then 2; then 0 leads again with 1.5.
