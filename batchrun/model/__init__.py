@@ -10,7 +10,8 @@ Where to begin reading, in this order:
    what it remembers: any number of sequences, each with any number of tokens, from any state;
 5. :mod:`~batchrun.model.layout` and :mod:`~batchrun.model.ops` - how a ragged batch is computed
    without a loop over sequences;
-6. :mod:`~batchrun.model.checkpoint` and :mod:`~batchrun.model.weights` - from files to a model.
+6. :mod:`~batchrun.model.headers`, :mod:`~batchrun.model.checkpoint` and
+   :mod:`~batchrun.model.weights` - from files to a model.
 
 This module imports nothing, so that reading a model's config does not load torch.
 """

@@ -13,34 +13,16 @@ from pathlib import Path
 
 from batchrun.errors import CheckpointError
 from batchrun.model.config import LayerKind, ModelConfig, load_config
+from batchrun.model.headers import (
+    COPY_AGAIN,
+    ELEMENT_BYTES,
+    MAX_HEADER_BYTES,
+    StoredTensor,
+    read_header,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-_COPY_AGAIN = "copy the checkpoint again"
-_ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-"""Sizes of the element types that weights may have; others are quantised or not weights."""
-
-_MAX_HEADER_BYTES = 100_000_000
-"""The largest header that the safetensors format allows."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor in a file: ``stored_name`` is its name there."""
-
-    file: Path
-    stored_name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that the tensor takes in its file."""
-        size = _ELEMENT_BYTES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +101,7 @@ def check_checkpoint(folder: Path, config: ModelConfig | None = None) -> Checkpo
         found = read_header(file)
         for absent in sorted(set(promised) - set(found)):
             raise CheckpointError(
-                f"{file} holds no tensor {absent}, though {INDEX_FILE} says so", _COPY_AGAIN
+                f"{file} holds no tensor {absent}, though {INDEX_FILE} says so", COPY_AGAIN
             )
         for stored_name, tensor in found.items():
             name = _parameter_name(stored_name)
@@ -137,7 +119,7 @@ def check_checkpoint(folder: Path, config: ModelConfig | None = None) -> Checkpo
         if name not in stored:
             raise CheckpointError(
                 f"{where}: tensor {name} is missing ({_count_missing(expected, stored)})",
-                f"{_COPY_AGAIN}, or check that config.json belongs to these weights",
+                f"{COPY_AGAIN}, or check that config.json belongs to these weights",
             )
     for name, tensor in stored.items():
         if name not in expected:
@@ -151,7 +133,7 @@ def check_checkpoint(folder: Path, config: ModelConfig | None = None) -> Checkpo
                 f"config.json asks for {list(expected[name])}",
                 "check that config.json belongs to these weights",
             )
-        if tensor.dtype not in _ELEMENT_BYTES:
+        if tensor.dtype not in ELEMENT_BYTES:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.stored_name} is stored as {tensor.dtype}",
                 "use the checkpoint with bfloat16 weights; quantised ones cannot be loaded",
@@ -186,56 +168,38 @@ def weight_files(folder: Path) -> dict[Path, tuple[str, ...]]:
     missing = sorted(file.name for file in promised if not file.is_file())
     if missing:
         raise CheckpointError(
-            f"{index} names weight files that are missing: {', '.join(missing)}", _COPY_AGAIN
+            f"{index} names weight files that are missing: {', '.join(missing)}", COPY_AGAIN
         )
     return dict(sorted(promised.items()))
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by their names there; reads only the header.
-
-    Raises :class:`CheckpointError` when the file is not of that format or was cut off.
-    """
-    header, data_start = _read_header_json(file)
-    tensors: dict[str, StoredTensor] = {}
-    ends: dict[str, int] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(), int(end)]}:
-                tensors[name] = StoredTensor(file, name, dtype, tuple(shape))
-                ends[name] = end
-            case _:
-                raise _not_safetensors(file, f"tensor {name} has no proper entry")
-    if not tensors:
-        raise CheckpointError(f"{file} holds no tensors", _COPY_AGAIN)
-    last = max(ends, key=ends.__getitem__)
-    missing_bytes = data_start + ends[last] - file.stat().st_size
-    if missing_bytes > 0:
-        raise CheckpointError(
-            f"{file} is cut off: {missing_bytes:,} bytes are missing at its end, "
-            f"among them those of tensor {last}",
-            _COPY_AGAIN,
-        )
-    return tensors
+_CONTENT_FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""Files beside the weights that decide what a prompt becomes and where an answer ends."""
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
     """A hash that tells checkpoints apart without reading their weights through.
 
-    Covers the JSON files and templates in full; of each weight file its name, size, header and
-    last 64 KiB, so that weights trained further differ too.
+    Covers config, tokenizer and chat template in full; of each weight file its name, size, header
+    and last 64 KiB, so that weights trained further differ too. Where the folder lies, times and
+    other files do not count.
     """
     digest = hashlib.sha256()
-    texts = [*folder.glob("*.json"), *folder.glob("*.jinja")]
-    for path in sorted({*texts, *weight_files(folder)}):
+    texts = [folder / name for name in _CONTENT_FILES if (folder / name).is_file()]
+    for path in [*texts, *weight_files(folder)]:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(0)
             digest.update(f"{path.name}\0{size}\0".encode())
             if path.suffix == ".safetensors":
-                header_size = min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER_BYTES)
+                header_size = min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES)
                 digest.update(stream.read(header_size))
                 stream.seek(max(0, size - 65536))
             digest.update(stream.read())
@@ -267,36 +231,13 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not an index of weights: {error!r}", _COPY_AGAIN) from (
+        raise CheckpointError(f"{index} is not an index of weights: {error!r}", COPY_AGAIN) from (
             error
         )
     match weight_map:
         case {} if weight_map and all(isinstance(name, str) for name in weight_map.values()):
             return dict(weight_map)
-    raise CheckpointError(f"{index}: weight_map maps no tensors to files", _COPY_AGAIN)
-
-
-def _read_header_json(file: Path) -> tuple[dict[str, object], int]:
-    """The header and where the data begin: 8 bytes of length, so many bytes of JSON, data."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > _MAX_HEADER_BYTES:
-            raise _not_safetensors(file, "it does not begin with a header")
-        if 8 + length > size:
-            raise CheckpointError(f"{file} is cut off inside its header", _COPY_AGAIN)
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
-            raise _not_safetensors(file, "its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise _not_safetensors(file, "its header is not a JSON object")
-    return header, 8 + length
-
-
-def _not_safetensors(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{file} is not a safetensors file: {why}", _COPY_AGAIN)
+    raise CheckpointError(f"{index}: weight_map maps no tensors to files", COPY_AGAIN)
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -306,4 +247,4 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"{folder} holds its weights only as {pickled[0]}, which can run code when loaded",
             "use the checkpoint's safetensors files, or convert it",
         )
-    return CheckpointError(f"{folder} holds no weights: no {SINGLE_FILE}, no index", _COPY_AGAIN)
+    return CheckpointError(f"{folder} holds no weights: no {SINGLE_FILE}, no index", COPY_AGAIN)
