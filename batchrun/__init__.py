@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from batchrun.cluster.api import run
     from batchrun.engine.params import SamplingParams
     from batchrun.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "__version__", "run"]
 __version__ = "0.1.0"
 
 
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> object:
             from batchrun.engine.params import SamplingParams
 
             return SamplingParams
+        case "run":
+            from batchrun.cluster.api import run
+
+            return run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -30,6 +30,20 @@ from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request
 from batchrun.errors import CheckpointError, RequestError, ShardError
 from batchrun.job import Job
+from batchrun.metrics import (
+    BUDGET_HITS,
+    KV_PAGES_TOTAL,
+    KV_PAGES_USED,
+    ROW_SECONDS,
+    ROWS_IN_FLIGHT,
+    SLOTS_TOTAL,
+    SLOTS_USED,
+    STEP_SECONDS,
+    TOKENS,
+    WORKER_SECONDS,
+    MetricsDelta,
+    Recorder,
+)
 from batchrun.prompts import PromptBuilder
 from batchrun.records import Completion, Counts, ErrorKind, FinishReason, Lease, Part, Row, RowError
 
@@ -72,7 +86,7 @@ class WorkReport:
     """What one call of :meth:`Pipeline.work` brought.
 
     ``num_wanted`` is how many further leases would keep the engine full; ``idle`` says that
-    nothing is left to do.
+    nothing is left to do. A ``draining`` pipeline takes no further leases.
     """
 
     done: tuple[FinishedLease, ...] = ()
@@ -80,6 +94,8 @@ class WorkReport:
     running: tuple[RunningLease, ...] = ()
     num_wanted: int = 0
     idle: bool = True
+    draining: bool = False
+    metrics: MetricsDelta = field(default_factory=MetricsDelta)
 
 
 @dataclass(slots=True)
@@ -137,6 +153,9 @@ class Pipeline:
         self._chat = engine.chat
         self._leases: list[_OpenLease] = []
         self._rows: dict[_RowKey, _OpenRow] = {}
+        self._recorder = Recorder()
+        self.draining = False
+        """Set to finish the leases at hand and ask for no more."""
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._window = max(
             engine.max_sequences + 1, math.ceil(_WINDOW * engine.max_sequences), part_format.n
@@ -152,19 +171,22 @@ class Pipeline:
 
         Raises what is neither a row's nor a shard's fault: storage, a broken engine.
         """
-        until = self._clock() + seconds
+        started = self._clock()
+        until = started + seconds
         done: list[FinishedLease] = []
         failed: list[FailedLease] = []
         while True:
             failed += self._admit()
             if self._engine.num_unfinished:
-                for output in self._engine.step():
-                    self._take(output)
+                self._step()
             self._expire()
             self._start_publishing()
             done += self._published(0.0 if self._busy else max(0.0, until - self._clock()))
             if done or failed or not self._leases or self._clock() >= until:
                 break
+        state = "drain" if self.draining else "generate"
+        self._recorder.add(WORKER_SECONDS, max(0.0, self._clock() - started), state=state)
+        self._gauge()
         return WorkReport(
             done=tuple(done),
             failed=tuple(failed),
@@ -174,6 +196,8 @@ class Pipeline:
             ),
             num_wanted=self._num_wanted(),
             idle=not self._leases,
+            draining=self.draining,
+            metrics=self._recorder.take(),
         )
 
     def finish(self, timeout_s: float) -> WorkReport:
@@ -207,7 +231,7 @@ class Pipeline:
 
     def _num_wanted(self) -> int:
         """Leases that would keep the engine full: none while rows are left to read."""
-        if any(not item.at_end for item in self._leases):
+        if self.draining or any(not item.at_end for item in self._leases):
             return 0
         return max(0, MAX_LEASES - len(self._leases))
 
@@ -273,6 +297,14 @@ class Pipeline:
             for sample in range(self._format.n)
         ]
 
+    def _step(self) -> None:
+        """One step of the engine, and what it brought."""
+        started = self._clock()
+        outputs = self._engine.step()
+        self._recorder.observe(STEP_SECONDS, self._clock() - started)
+        for output in outputs:
+            self._take(output)
+
     def _take(self, output: Output) -> None:
         """A finished sample of the engine."""
         open_row = self._rows.get(cast(_RowKey, output.key))
@@ -291,9 +323,22 @@ class Pipeline:
             completion_tokens=completion.completion_tokens,
             thinking_budget_hits=int(completion.thinking_budget_hit),
         )
+        self._recorder.add(TOKENS, completion.prompt_tokens, kind="prompt")
+        self._recorder.add(TOKENS, completion.reasoning_tokens, kind="reasoning")
+        self._recorder.add(TOKENS, completion.completion_tokens, kind="completion")
+        self._recorder.add(BUDGET_HITS, int(completion.thinking_budget_hit))
         if not open_row.missing:
             owner.counts += Counts(rows=1, failed_rows=int(open_row.failed))
             self._rows.pop((owner.lease.attempt, open_row.row.ordinal), None)
+            self._recorder.observe(ROW_SECONDS, self._clock() - open_row.added_at)
+
+    def _gauge(self) -> None:
+        stats = self._engine.stats()
+        self._recorder.set(ROWS_IN_FLIGHT, len(self._rows))
+        self._recorder.set(SLOTS_USED, stats.slots_used)
+        self._recorder.set(SLOTS_TOTAL, stats.slots_total)
+        self._recorder.set(KV_PAGES_USED, stats.blocks_used)
+        self._recorder.set(KV_PAGES_TOTAL, stats.blocks_total)
 
     def _expire(self) -> None:
         """Rows that took too long become error rows; samples they already have are kept."""

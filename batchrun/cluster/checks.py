@@ -120,10 +120,10 @@ def _ray(start: bool) -> Iterator[Check]:
 
 
 def _model() -> Iterator[Check]:
-    from batchrun.data.checkpoints import fetch
+    from batchrun.llm import find_checkpoint
     from batchrun.model.checkpoint import check_checkpoint
 
-    check_checkpoint(fetch("tiny"))
+    check_checkpoint(find_checkpoint("tiny"))
     yield Check("embedded model", CheckState.OK, "`tiny` is complete")
 
 

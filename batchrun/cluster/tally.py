@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from batchrun.records import Counts
+from batchrun.records import Counts, Part
 
 _RATE_WINDOW_S = 30.0
 
@@ -41,37 +41,58 @@ class Tally:
 
     total_rows: int
     num_shards: int
-    before: Counts = field(default_factory=Counts)
-    published: Counts = field(default_factory=Counts)
-    done_shards: int = 0
+    before: Mapping[int, Part]
+    published: dict[int, Counts] = field(init=False)
     failed: dict[int, int] = field(default_factory=dict)
-    running: dict[str, Counts] = field(default_factory=dict)
     discarded_tokens: int = 0
+    _running: dict[str, tuple[str, Counts]] = field(default_factory=dict)
+    _published: Counts = field(init=False)
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
 
-    def publish(self, attempt: str, counts: Counts) -> None:
-        """A shard is done; its rows no longer count as running."""
-        self.running.pop(attempt, None)
-        self.published += counts
-        self.done_shards += 1
+    def __post_init__(self) -> None:
+        self.published = {number: part.counts for number, part in self.before.items()}
+        self._published = sum(self.published.values(), Counts())
 
-    def discard(self, attempt: str) -> None:
-        """An attempt is lost, and the tokens it made so far with it."""
-        lost = self.running.pop(attempt, None)
-        if lost is not None:
-            self.discarded_tokens += lost.reasoning_tokens + lost.completion_tokens
+    def run(self, worker: str, attempt: str, counts: Counts) -> None:
+        """What a worker has finished of a shard that is not published yet."""
+        self._running[attempt] = (worker, counts)
+
+    def publish(self, attempt: str, part: Part) -> None:
+        """A shard is done; its rows no longer count as running."""
+        self._running.pop(attempt, None)
+        if part.shard not in self.published:
+            self.published[part.shard] = part.counts
+            self._published += part.counts
+        self.failed.pop(part.shard, None)
 
     def fail(self, shard: int, num_rows: int) -> None:
         """A shard has failed for good; all its rows count as failed."""
         self.failed[shard] = num_rows
 
+    def give_up(self, attempt: str) -> None:
+        """An attempt ended without a part; what it made is lost."""
+        self._discard(attempt)
+
+    def lose(self, worker: str) -> None:
+        """A worker is lost, and with it the tokens that it made and did not publish."""
+        for attempt in [key for key, (owner, _) in self._running.items() if owner == worker]:
+            self._discard(attempt)
+
+    def _discard(self, attempt: str) -> None:
+        _, lost = self._running.pop(attempt, ("", Counts()))
+        self.discarded_tokens += lost.reasoning_tokens + lost.completion_tokens
+
     def done(self) -> Counts:
         """Rows published, waiting for their part, or failed with their shard."""
         lost = sum(self.failed.values())
-        total = self.published + Counts(rows=lost, failed_rows=lost)
-        for counts in self.running.values():
+        total = self._published + Counts(rows=lost, failed_rows=lost)
+        for _, counts in self._running.values():
             total += counts
         return total
+
+    def generated(self) -> Counts:
+        """:meth:`done` without what was there before this submit."""
+        return _difference(self.done(), sum((p.counts for p in self.before.values()), Counts()))
 
     def progress(self, now: float, started: float, workers: Mapping[str, int]) -> Progress:
         """The progress at ``now``; rates are over the last half minute."""
@@ -88,9 +109,9 @@ class Tally:
         return Progress(
             total_rows=self.total_rows,
             done=done,
-            generated=_difference(done, self.before),
+            generated=self.generated(),
             num_shards=self.num_shards,
-            done_shards=self.done_shards,
+            done_shards=len(self.published),
             failed_shards=len(self.failed),
             workers=dict(workers),
             elapsed_s=now - started,

@@ -59,6 +59,19 @@ def fetch(
     return folder
 
 
+def is_remote(url: str) -> bool:
+    """Whether a checkpoint lies elsewhere, so that it is downloaded before it is used."""
+    return scheme_of(url) != "file"
+
+
+def remote_fingerprint(url: str, storage_options: Mapping[str, object] | None = None) -> str:
+    """A hash that tells versions of the remote checkpoint at ``url`` apart, by a listing alone."""
+    fs, root = filesystem(url, storage_options, Role.CHECKPOINT)
+    with border(Role.CHECKPOINT, url, early=True):
+        files = _list(fs, root)
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def _bring(fs: Any, root: str, url: str, files: Mapping[str, list[object]]) -> Path:
     """The folder of the cache with exactly these files of the checkpoint."""
     target = _target(url, files)

@@ -1,0 +1,104 @@
+"""What ``submit`` and ``run`` have in common: read the job, run it, show it, say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchrun.cli import echo_error
+from batchrun.cli.options import echo_json
+from batchrun.cli.progress import ProgressView, duration
+
+if TYPE_CHECKING:
+    from batchrun.cluster.summary import Summary
+    from batchrun.job import Job
+    from batchrun.jobfile import JobSource
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run is shown, and whether it is deterministic."""
+
+    as_json: bool
+    quiet: bool
+    deterministic: bool
+
+
+def run_options(command: Any) -> Any:
+    """Adds ``--deterministic`` and ``--quiet``."""
+    command = click.option(
+        "--deterministic",
+        is_flag=True,
+        help="Texts equal to the byte however the work is spread; slower.",
+    )(command)
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")(command)
+
+
+def run_and_report(job: Job, source: JobSource, address: str | None, options: RunOptions) -> int:
+    """Run the job in the foreground; the exit code. Errors of the run are raised."""
+    with stop_on_signals() as stop, ProgressView(quiet=options.quiet) as view:
+        from batchrun.cluster.driver import run_job
+
+        summary = run_job(
+            job,
+            source=source,
+            address=address,
+            deterministic=options.deterministic,
+            stop=stop,
+            view=view,
+        )
+    if options.as_json:
+        echo_json(summary.to_json())
+    if summary.error is not None:
+        raise summary.error
+    if not options.quiet:
+        echo_error(summary_text(summary))
+    return 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in kept:
+        signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def summary_text(summary: Summary) -> str:
+    """The end of a run, in a few lines."""
+    counts = summary.counts
+    lines = [f"done: {counts.rows:,} rows in {summary.output}"]
+    if summary.failed_rows:
+        lines[0] += f", {summary.failed_rows:,} of them failed (see the column `error`)"
+    if summary.generated_rows < counts.rows:
+        lines.append(f"  {summary.generated_rows:,} of them in this submit")
+    tokens = f"{counts.reasoning_tokens:,} of reasoning, {counts.completion_tokens:,} of completion"
+    lines.append(f"  tokens: {counts.prompt_tokens:,} of prompt, {tokens}")
+    if summary.elapsed_s:
+        rate = summary.generated_tokens / summary.elapsed_s
+        lines.append(f"  took {duration(summary.elapsed_s)}, {rate:,.0f} tokens/s with the start")
+    if summary.restarts:
+        lines.append(
+            f"  {summary.restarts} workers were replaced, "
+            f"{summary.discarded_tokens:,} tokens generated again"
+        )
+    return "\n".join(lines)

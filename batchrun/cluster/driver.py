@@ -1,0 +1,447 @@
+"""The driver: one loop from the workers' news over the coordinator to commands.
+
+1. ``opening``: check the job, take the run lock, make or adopt the plan. Nothing left to do ends
+   here, without Ray.
+2. ``session`` and ``fleet``: Ray, and the workers as actors.
+3. The loop: news -> events -> :class:`~batchrun.coordinator.RunState` -> commands.
+4. The end: manifest and ``_SUCCESS``, workers, Ray and lock given up, whatever happened.
+
+Bulk data never passes through here; what moves is keys and counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from batchrun.cluster.capacity import Capacity, WorkerShape, plan_shape
+from batchrun.cluster.opening import CheckedJob, check
+from batchrun.cluster.session import nodes_are_coming, ray_session, read_capacity
+from batchrun.cluster.summary import Summary
+from batchrun.cluster.tally import Progress, Tally
+from batchrun.cluster.worker import WorkerSettings
+from batchrun.coordinator import (
+    Command,
+    Event,
+    FailShard,
+    FinishRun,
+    LeaseDone,
+    LeaseFailed,
+    LeasesWanted,
+    LossCause,
+    Outcome,
+    OutcomeKind,
+    RunStarted,
+    RunState,
+    StartLease,
+    StartWorker,
+    StopRequested,
+    StopWorker,
+    Tick,
+    WorkerDraining,
+    WorkerLost,
+    WorkerReady,
+)
+from batchrun.data import run as bookkeeping
+from batchrun.data.lock import RunLock
+from batchrun.data.run import OpenedRun
+from batchrun.errors import StorageError
+from batchrun.job import Job
+from batchrun.jobfile import JobSource
+from batchrun.metrics import (
+    ETA,
+    LAST_PROGRESS,
+    RESTARTS,
+    ROWS,
+    ROWS_LEFT,
+    TOKENS_DISCARDED,
+    WORKER_SECONDS,
+    WORKERS,
+    Recorder,
+    RunMetrics,
+)
+from batchrun.records import Counts
+
+if TYPE_CHECKING:
+    from batchrun.cluster.fleet import Fleet, News, WorkerReported
+
+_SHOW_EVERY_S = 0.5
+_SAVE_EVERY_S = 3.0
+_DRAIN_S = 10.0
+_SAY_PENDING_AFTER_S = 10.0
+_GIVE_UP_PENDING_AFTER_S = 60.0
+
+_RESTART_CAUSE = {
+    LossCause.CRASH: "died",
+    LossCause.HANG: "hung",
+    LossCause.NODE: "node_lost",
+    LossCause.LOAD: "load_failed",
+}
+
+
+class View(Protocol):
+    """Where a run is shown."""
+
+    def say(self, text: str) -> None:
+        """One line of news for a person."""
+
+    def __call__(self, progress: Progress) -> None:
+        """How far the run is now."""
+
+
+class NoView:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def __call__(self, progress: Progress) -> None:
+        """Nothing."""
+
+
+def run_job(
+    job: Job,
+    *,
+    source: JobSource | None = None,
+    address: str | None = None,
+    deterministic: bool = False,
+    stop: threading.Event | None = None,
+    view: View | None = None,
+) -> Summary:
+    """Run ``job`` to its end, or until ``stop`` is set; the summary says how it ended.
+
+    ``source`` gives problems their lines. ``address`` None starts a Ray on this machine, else
+    that cluster is joined (``auto``: the one that runs here). ``deterministic`` makes the texts
+    equal to the byte however the work is spread.
+
+    Raises:
+        BatchrunError: what keeps the run from beginning, or from going on: JobError, OutputError,
+            ClusterError, OutputHeldError, StorageError, CheckpointError.
+    """
+    started = time.monotonic()
+    view = view or NoView()
+    checked = check(job, source)
+    with ExitStack() as stack:
+        cluster = _Cluster(job, address, stack, view)
+        if address is not None or cluster.is_choosy:
+            cluster.connect()  # what it cannot give is known before anything is written
+        lock = stack.enter_context(RunLock(checked.store, checked.run))
+        driver = _Driver(checked, checked.open(), lock, started, view, stop or threading.Event())
+        stack.callback(driver.close)
+        return driver.run(cluster, deterministic)
+
+
+class _Cluster:
+    """The cluster of a run, connected to when it is needed."""
+
+    def __init__(self, job: Job, address: str | None, stack: ExitStack, view: View) -> None:
+        self.is_local = address is None
+        self._resources = job.resources
+        self._runtime_env = job.ray.runtime_env
+        self._address = address
+        self._stack = stack
+        self._view = view
+        self._shape: WorkerShape | None = None
+        self._capacity: Capacity | None = None
+
+    @property
+    def is_choosy(self) -> bool:
+        """Whether the job asks for something that a machine may not have."""
+        return self._resources.accelerator_type is not None or self._resources.gpus_per_worker == 1
+
+    def connect(self) -> WorkerShape:
+        """The shape of a worker in this cluster; raises ClusterError when it can hold none."""
+        if self._shape is None:
+            wanted = self._resources
+            self._capacity = self._stack.enter_context(
+                ray_session(self._address, wanted.num_workers, self._runtime_env)
+            )
+            gpus = wanted.gpus_per_worker
+            self._shape = plan_shape(
+                self._capacity,
+                wanted.num_workers,
+                None if gpus == "auto" else gpus,
+                wanted.accelerator_type,
+            )
+            if not self._capacity.fits(self._shape):
+                self._wait_for_nodes(self._capacity, self._shape)
+        return self._shape
+
+    def num_neighbours(self) -> int:
+        """How many workers may share one machine."""
+        assert self._capacity is not None and self._shape is not None
+        most = max((n.num_cpus // self._shape.num_cpus for n in self._capacity.nodes), default=1)
+        return max(1, min(self._resources.num_workers, most))
+
+    def _wait_for_nodes(self, capacity: Capacity, shape: WorkerShape) -> None:
+        """Bear a cluster that cannot hold a worker yet, as long as it is growing."""
+        if self.is_local:
+            capacity.require(shape)
+        self._view.say(f"waiting for a node: a worker needs {shape}; the cluster has {capacity}")
+        waited_since = time.monotonic()
+        while not capacity.fits(shape):
+            time.sleep(1.0)
+            capacity = read_capacity()
+            waited = time.monotonic() - waited_since
+            if waited > _GIVE_UP_PENDING_AFTER_S and not nodes_are_coming():
+                capacity.require(shape)
+
+
+class _Driver:
+    """One run from its lock to its end."""
+
+    def __init__(
+        self,
+        checked: CheckedJob,
+        opened: OpenedRun,
+        lock: RunLock,
+        started: float,
+        view: View,
+        stop: threading.Event,
+    ) -> None:
+        job = checked.job
+        self._checked = checked
+        self._opened = opened
+        self._lock = lock
+        self._started = started
+        self._view = view
+        self._stop = stop
+        self._state = RunState(
+            opened.shards,
+            opened.parts,
+            epoch=lock.epoch,
+            num_workers=job.resources.num_workers,
+            max_failed_rows=job.errors.max_failed_rows,
+            max_retries=job.errors.max_retries,
+        )
+        self._tally = Tally(opened.total_rows, len(opened.shards), opened.parts)
+        self._metrics = RunMetrics(job.name, checked.run)
+        self._fleet: Fleet | None = None
+        self._outcome: Outcome | None = None
+        self._restarts = 0
+        self._counted_discarded = 0
+        self._counted = Counts()  # rows that the counters of the metrics hold already
+        self._shown_at = self._saved_at = float("-inf")
+
+    def run(self, cluster: _Cluster, deterministic: bool) -> Summary:
+        """Work until the coordinator ends the run."""
+        if self._opened.parts and not self._stop.is_set():
+            done, total = self._tally.done().rows, self._tally.total_rows
+            self._view.say(f"resuming: {done:,} of {total:,} rows are done already")
+        commands = self._state.handle(RunStarted())
+        if not self._state.finished:
+            self._serve_metrics()
+            self._fleet = self._make_fleet(cluster, deterministic)
+        self._do(commands)
+        while self._outcome is None:
+            if self._stop.is_set():
+                self._stop_gracefully()
+                break
+            self._lock.check()
+            self._turn(self._the_fleet)
+        return self._end()
+
+    def close(self) -> None:
+        """End the workers and the metrics' endpoint. May be called twice."""
+        if self._fleet is not None:
+            self._fleet.stop_all()
+        self._metrics.close()
+
+    @property
+    def _the_fleet(self) -> Fleet:
+        assert self._fleet is not None
+        return self._fleet
+
+    def _make_fleet(self, cluster: _Cluster, deterministic: bool) -> Fleet:
+        shape = cluster.connect()
+        from batchrun.cluster.fleet import Fleet
+
+        job = self._checked.job
+        settings = WorkerSettings(
+            job=job,
+            run=self._checked.run,
+            schema=self._opened.schema,
+            part_format=self._checked.part_format,
+            num_threads=shape.num_threads,
+            num_neighbours=cluster.num_neighbours(),
+            deterministic=deterministic,
+        )
+        return Fleet(settings, shape, job.errors.hang_timeout_s)
+
+    def _serve_metrics(self) -> None:
+        wanted = self._checked.job.metrics
+        if wanted.port is not None:
+            port = self._metrics.serve(wanted.host, wanted.port)
+            self._view.say(f"metrics: http://{wanted.host}:{port}/metrics")
+
+    def _turn(self, fleet: Fleet) -> None:
+        for news in fleet.wait(0.2):
+            self._take(news)
+        self._handle(Tick(time.monotonic()))
+        now = time.monotonic()
+        if now - self._shown_at >= _SHOW_EVERY_S:
+            self._shown_at = now
+            self._show(now)
+
+    def _handle(self, event: Event) -> None:
+        self._do(self._state.handle(event))
+
+    def _do(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case StartWorker(worker):
+                    self._the_fleet.start(worker)
+                case StopWorker(worker):
+                    self._the_fleet.stop(worker)
+                    self._metrics.forget_worker(worker)
+                case StartLease(worker, lease):
+                    self._the_fleet.give(worker, lease)
+                case FailShard(shard, message):
+                    self._tally.fail(shard.number, shard.num_rows)
+                    self._opened.directory.mark_failed(shard, message)
+                    self._view.say(f"shard {shard.name} cannot be run: {message}")
+                case FinishRun(outcome):
+                    self._outcome = outcome
+
+    def _take(self, news: News) -> None:
+        from batchrun.cluster.fleet import WorkerGone, WorkerLoaded, WorkerReported
+
+        match news:
+            case WorkerLoaded(worker, loaded, waited_s):
+                self._spent(worker, "load", loaded.load_s)
+                self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
+                self._handle(WorkerReady(worker))
+            case WorkerReported():
+                self._take_report(news)
+            case WorkerGone(worker, cause, message, node_lived, error):
+                if error is not None and cause is LossCause.LOAD and not self._state.num_ready:
+                    raise error  # the same everywhere: no other try would help
+                self._restarts += 1
+                self._metrics.add(RESTARTS, cause=_RESTART_CAUSE[cause])
+                self._metrics.forget_worker(worker)
+                self._tally.lose(worker)
+                self._view.say(f"worker {worker} is lost ({cause}): {message}")
+                self._handle(WorkerLost(worker, cause, message, node_lived))
+
+    def _take_report(self, news: WorkerReported) -> None:
+        worker, report = news.worker, news.report
+        self._metrics.merge(worker, report.metrics)
+        self._spent(worker, "starved", news.starved_s)
+        for item in report.running:
+            self._tally.run(worker, item.attempt, item.counts)
+        for done in report.done:
+            self._tally.publish(done.lease.attempt, done.part)
+            self._handle(LeaseDone(worker, done.lease.attempt, done.part))
+        for failed in report.failed:
+            self._tally.give_up(failed.lease.attempt)
+            self._handle(LeaseFailed(worker, failed.lease.attempt, failed.message))
+        if report.draining:
+            self._handle(WorkerDraining(worker))
+        if report.draining and report.idle:
+            self._the_fleet.stop(worker)
+            self._handle(WorkerLost(worker, LossCause.NODE, "drained", node_lived=False))
+        else:
+            self._handle(LeasesWanted(worker, report.num_wanted))
+
+    def _spent(self, worker: str, state: str, seconds: float) -> None:
+        recorder = Recorder()
+        recorder.add(WORKER_SECONDS, max(0.0, seconds), state=state)
+        self._metrics.merge(worker, recorder.take())
+
+    def _show(self, now: float) -> None:
+        """Progress for the person, the endpoint, and now and then the output."""
+        workers = self._the_fleet.states()
+        progress = self._tally.progress(now, self._started, workers)
+        if self._the_fleet.oldest_start_s > _SAY_PENDING_AFTER_S and workers["starting"]:
+            progress = replace(progress, note="waiting for the first worker to load its model")
+        self._view(progress)
+        self._count(progress)
+        if now - self._saved_at >= _SAVE_EVERY_S:
+            self._saved_at = now
+            self._save(progress)
+
+    def _count(self, progress: Progress) -> None:
+        """Bring the endpoint's series up to date. Rows that a lost worker had finished and that
+        are generated again count once: the counters wait until the rows are there again."""
+        generated, counted = progress.generated, self._counted
+        failed = max(generated.failed_rows, counted.failed_rows)
+        done = max(generated.rows - generated.failed_rows, counted.rows - counted.failed_rows)
+        self._metrics.add(ROWS, failed - counted.failed_rows, status="failed")
+        new = done - (counted.rows - counted.failed_rows)
+        self._metrics.add(ROWS, new, status="done")
+        if new or failed > counted.failed_rows:
+            self._metrics.set(LAST_PROGRESS, time.time())
+        self._counted = Counts(rows=done + failed, failed_rows=failed)
+        discarded = self._tally.discarded_tokens
+        self._metrics.add(TOKENS_DISCARDED, discarded - self._counted_discarded)
+        self._counted_discarded = discarded
+        self._metrics.set(ROWS_LEFT, progress.left_rows)
+        if progress.eta_s is not None:
+            self._metrics.set(ETA, progress.eta_s)
+        for state, count in progress.workers.items():
+            self._metrics.set(WORKERS, count, state=state)
+
+    def _save(self, progress: Progress) -> None:
+        with contextlib.suppress(StorageError):  # what may be lost must not end a run
+            self._opened.directory.write_progress(
+                bookkeeping.Progress(
+                    epoch=self._lock.epoch,
+                    total_rows=progress.total_rows,
+                    counts=progress.done,
+                    workers=progress.workers.get("ready", 0),
+                    rows_per_s=progress.rows_per_s,
+                    tokens_per_s=progress.tokens_per_s,
+                    eta_s=progress.eta_s,
+                )
+            )
+
+    def _stop_gracefully(self) -> None:
+        """Keep what is complete: parts that are being published get their time."""
+        self._view.say("stopping: what is complete is published first")
+        if self._fleet is not None:
+            for news in self._fleet.finish(_DRAIN_S):
+                for done in news.report.done:
+                    self._tally.publish(done.lease.attempt, done.part)
+                    self._state.handle(LeaseDone(news.worker, done.lease.attempt, done.part))
+        for command in self._state.handle(StopRequested()):
+            if isinstance(command, FinishRun):
+                self._outcome = command.outcome
+
+    def _end(self) -> Summary:
+        """Manifest and ``_SUCCESS``, where the run came to its end; the summary."""
+        assert self._outcome is not None
+        outcome, state = self._outcome, self._state
+        self.close()
+        if outcome.kind in (OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES):
+            self._lock.check()
+            success = outcome.kind is OutcomeKind.SUCCESS
+            self._opened.directory.finish(
+                self._opened.shards, state.failed, success=success, known=state.done
+            )
+        now = time.monotonic()
+        progress = self._tally.progress(now, self._started, {})
+        self._save(progress)
+        generated = progress.generated
+        return Summary(
+            name=self._checked.job.name,
+            run_id=self._checked.run,
+            output=self._checked.job.output.path,
+            outcome=outcome.kind,
+            message=outcome.message,
+            total_rows=self._tally.total_rows,
+            counts=outcome.counts,
+            failed_rows=outcome.failed_rows,
+            num_shards=self._tally.num_shards,
+            failed_shards={
+                state.shards[number].name: why for number, why in outcome.failed_shards.items()
+            },
+            generated_rows=generated.rows,
+            generated_tokens=generated.reasoning_tokens + generated.completion_tokens,
+            discarded_tokens=self._tally.discarded_tokens,
+            restarts=self._restarts,
+            elapsed_s=now - self._started,
+        )

@@ -1,0 +1,251 @@
+"""The workers of a run as Ray actors: started, given leases, asked for news, given up.
+
+Each worker has at most one call in flight, so a worker that is lost, stuck or finished is always
+one call that failed, did not come back, or came back. Restarts are the coordinator's business:
+Ray restarts nothing here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from batchrun.cluster.capacity import WorkerShape
+from batchrun.cluster.worker import Loaded, Worker, WorkerSettings
+from batchrun.coordinator import LossCause
+from batchrun.errors import BatchrunError, OutputError, StorageError
+from batchrun.pipeline import WorkReport
+from batchrun.records import Lease
+
+WORK_S = 1.0
+"""How long one call of a worker lasts; a lease reaches a busy worker within this time."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoaded:
+    """A worker has loaded its model, ``waited_s`` after it was asked for."""
+
+    worker: str
+    loaded: Loaded
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReported:
+    """A call of a worker came back; before it, the worker was without work for ``starved_s``."""
+
+    worker: str
+    report: WorkReport
+    starved_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """A worker is gone or was given up. ``error`` is set when it said why."""
+
+    worker: str
+    cause: LossCause
+    message: str
+    node_lived: bool
+    error: BatchrunError | None = None
+
+
+News = WorkerLoaded | WorkerReported | WorkerGone
+
+
+@dataclass(slots=True)
+class _Member:
+    """One worker as the driver sees it."""
+
+    actor: Any
+    asked_at: float
+    call: Any = None  # the ObjectRef of the call in flight
+    called_at: float = 0.0
+    loaded: Loaded | None = None
+    draining: bool = False
+    queue: list[Lease] = field(default_factory=list)
+    idle_since: float | None = None
+    starved_s: float = 0.0
+
+
+class Fleet:
+    """The workers, by the names that the coordinator gave them."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        shape: WorkerShape,
+        hang_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._hang_timeout_s = hang_timeout_s
+        self._clock = clock
+        self._members: dict[str, _Member] = {}
+        self._actor: Any = ray.remote(Worker).options(
+            num_cpus=shape.num_cpus,
+            num_gpus=shape.num_gpus,
+            accelerator_type=shape.accelerator_type,
+            max_restarts=0,
+            max_task_retries=0,
+        )
+
+    def start(self, worker: str) -> None:
+        """Ask the cluster for a worker; news of it comes when it has loaded its model."""
+        actor = self._actor.remote(self._settings)
+        now = self._clock()
+        self._members[worker] = _Member(
+            actor, asked_at=now, call=actor.load.remote(), called_at=now
+        )
+
+    def give(self, worker: str, lease: Lease) -> None:
+        """Give a lease to a worker; it begins with it at its next call."""
+        member = self._members.get(worker)
+        if member is not None:
+            member.queue.append(lease)
+            self._call(member)
+
+    def stop(self, worker: str) -> None:
+        """End a worker at once."""
+        member = self._members.pop(worker, None)
+        if member is not None:
+            ray.kill(member.actor, no_restart=True)
+
+    def stop_all(self) -> None:
+        """End all workers at once."""
+        for worker in list(self._members):
+            self.stop(worker)
+
+    def states(self) -> dict[str, int]:
+        """How many workers are starting, ready and draining."""
+        counts = {"starting": 0, "ready": 0, "draining": 0}
+        for member in self._members.values():
+            state = "ready" if member.loaded is not None else "starting"
+            counts["draining" if member.draining else state] += 1
+        return counts
+
+    @property
+    def oldest_start_s(self) -> float:
+        """For how long the cluster has owed a worker; 0 when there are some, or none is asked."""
+        if not self._members or any(m.loaded is not None for m in self._members.values()):
+            return 0.0
+        return self._clock() - min(member.asked_at for member in self._members.values())
+
+    def wait(self, timeout_s: float) -> Iterator[News]:
+        """News of workers; waits so long for the first.
+
+        Raises StorageError and OutputError of a worker: they concern the run, not the worker.
+        """
+        calls = {m.call: name for name, m in self._members.items() if m.call is not None}
+        if not calls:
+            time.sleep(timeout_s)
+            return
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+        if ready and len(calls) > 1:
+            ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        for ref in ready:
+            yield self._collect(calls[ref], ref)
+        yield from self._stuck()
+
+    def finish(self, timeout_s: float) -> Iterator[WorkerReported]:
+        """Let all workers publish what is complete, for so long at most, and end them."""
+        deadline = self._clock() + timeout_s
+        members = {name: m for name, m in self._members.items() if m.loaded is not None}
+        calls = {m.call: name for name, m in members.items() if m.call is not None}
+        # One after the other in each actor: the call in flight, then the last one.
+        calls |= {m.actor.finish.remote(timeout_s / 2): name for name, m in members.items()}
+        while calls and self._clock() < deadline:
+            ready, _ = ray.wait(list(calls), timeout=max(0.0, deadline - self._clock()))
+            for ref in ready:
+                worker = calls.pop(ref)
+                try:
+                    report = ray.get(ref)
+                except RayError:
+                    continue
+                yield WorkerReported(worker, report)
+        self.stop_all()
+
+    def _call(self, member: _Member) -> None:
+        """Let the worker work, unless it does already or has nothing to do."""
+        if member.call is not None or member.loaded is None:
+            return
+        now = self._clock()
+        if member.idle_since is not None:
+            member.starved_s += now - member.idle_since
+            member.idle_since = None
+        leases, member.queue = tuple(member.queue), []
+        member.call = member.actor.work.remote(leases, WORK_S)
+        member.called_at = now
+
+    def _collect(self, worker: str, ref: Any) -> News:
+        member = self._members[worker]
+        member.call = None
+        try:
+            result = ray.get(ref)
+        except RayTaskError as error:
+            return self._broken(worker, error)
+        except RayError as error:
+            return self._lost(worker, error)
+        if isinstance(result, Loaded):
+            member.loaded = result
+            member.idle_since = self._clock()
+            self._called_back(member)
+            return WorkerLoaded(worker, result, self._clock() - member.asked_at)
+        assert isinstance(result, WorkReport)
+        member.draining = member.draining or result.draining
+        if result.idle:
+            member.idle_since = self._clock()
+            self._called_back(member)
+        else:
+            self._call(member)
+        starved, member.starved_s = member.starved_s, 0.0
+        return WorkerReported(worker, result, starved)
+
+    def _called_back(self, member: _Member) -> None:
+        if member.queue:
+            self._call(member)
+
+    def _broken(self, worker: str, error: RayTaskError) -> WorkerGone:
+        """A call raised: what is wrong with the run is raised, the rest ends the worker."""
+        cause = error.cause
+        if isinstance(cause, StorageError | OutputError):
+            raise cause
+        loading = self._members[worker].loaded is None
+        own = cause if isinstance(cause, BatchrunError) else None
+        message = own.message if own is not None else f"{type(cause).__name__}: {cause}"
+        self.stop(worker)
+        kind = LossCause.LOAD if loading else LossCause.CRASH
+        return WorkerGone(worker, kind, message, node_lived=True, error=own)
+
+    def _lost(self, worker: str, error: RayError) -> WorkerGone:
+        """The actor died, or cannot be reached, which is the same."""
+        member = self._members[worker]
+        text = " ".join(str(error).split())[:300]
+        lived = not member.draining and self._node_lives(member, text)
+        loading = member.loaded is None
+        self.stop(worker)
+        kind = LossCause.NODE if not lived else LossCause.LOAD if loading else LossCause.CRASH
+        return WorkerGone(worker, kind, f"the worker's process died: {text}", node_lived=lived)
+
+    def _stuck(self) -> Iterator[WorkerGone]:
+        """Workers whose engine made no step for too long; loading is exempt."""
+        now = self._clock()
+        for worker, member in list(self._members.items()):
+            if member.call is None or member.loaded is None:
+                continue
+            if now - member.called_at > self._hang_timeout_s + WORK_S:
+                self.stop(worker)
+                message = f"no engine step for {self._hang_timeout_s:g} s"
+                yield WorkerGone(worker, LossCause.HANG, message, node_lived=True)
+
+    def _node_lives(self, member: _Member, text: str) -> bool:
+        """Whether the worker's machine outlived it, as far as Ray knows by now."""
+        if member.loaded is None:
+            return "node" not in text.lower() or "died" not in text.lower()
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        return any(n["NodeID"] == member.loaded.node_id and n["Alive"] for n in nodes)

@@ -1,0 +1,114 @@
+"""Opening a run: everything between a checked job and the first worker. No Ray in here."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchrun import __version__
+from batchrun.data.checkpoints import fetch, is_remote, remote_fingerprint
+from batchrun.data.inputs import list_input
+from batchrun.data.layout import canonical_json, run_id
+from batchrun.data.plan import PlanRule
+from batchrun.data.run import OpenedRun, check_output, open_run
+from batchrun.data.store import Store
+from batchrun.data.writer import PartFormat
+from batchrun.errors import JobError
+from batchrun.job import Job
+from batchrun.jobfile import JobSource
+from batchrun.llm import TINY, find_checkpoint
+from batchrun.model.checkpoint import checkpoint_fingerprint
+from batchrun.preflight import check_job
+from batchrun.prompts import input_columns
+
+_LICENSES = (("Apache License", "Apache-2.0"), ("MIT License", "MIT"))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedJob:
+    """A job that can run: nothing is written yet. ``semantic`` is what makes its content."""
+
+    job: Job
+    store: Store
+    semantic: dict[str, object]
+    model_license: str | None
+
+    @property
+    def run(self) -> str:
+        """The id of the run."""
+        return run_id(self.semantic)
+
+    @property
+    def part_format(self) -> PartFormat:
+        """What the run's parts look like."""
+        metadata = {
+            "batchrun.version": __version__,
+            "batchrun.job": canonical_json(self.job.redacted()),
+            "batchrun.model": self.job.model.path,
+        }
+        if self.model_license is not None:
+            metadata["batchrun.model_license"] = self.model_license
+        generation = self.job.generation
+        return PartFormat(
+            run=self.run,
+            n=generation.n,
+            logprobs=generation.logprobs is not None,
+            compression=self.job.output.compression,
+            metadata=metadata,
+        )
+
+    def open(self) -> OpenedRun:
+        """Begin or resume the run; only while its lock is held. See :func:`open_run`."""
+        rows, generation = self.job.input, self.job.generation
+        rule = PlanRule(input_columns(self.job), generation.max_tokens, generation.n, rows.limit)
+        paths = rows.path if isinstance(rows.path, str) else list(rows.path)
+        files = list_input(paths, rows.storage_options)
+        return open_run(self.store, self.semantic, self.job.redacted(), files, rule)
+
+
+def check(job: Job, source: JobSource | None) -> CheckedJob:
+    """Find out whether ``job`` can run; only reads.
+
+    Raises JobError with every problem, OutputError when the output holds another job's run.
+    """
+    problems = check_job(job, source)
+    if problems:
+        raise JobError(tuple(problems))
+    folder, fingerprint = _look_at_checkpoint(job)
+    semantic = {**job.semantic(), "checkpoint": fingerprint}
+    store = Store.open(job.output.path, job.output.storage_options)
+    check_output(store, semantic)
+    return CheckedJob(job, store, semantic, read_license(folder))
+
+
+def _look_at_checkpoint(job: Job) -> tuple[Path, str]:
+    """The checkpoint's folder, of a remote one without its weights, and what pins its bytes."""
+    path, options = job.model.path, job.model_storage_options
+    if path == TINY or not is_remote(path):
+        folder = find_checkpoint(path, options)
+        return folder, checkpoint_fingerprint(folder)
+    return fetch(path, options, weights=False), remote_fingerprint(path, options)
+
+
+def read_license(folder: Path) -> str | None:
+    """The checkpoint's licence: as its config or model card says, else by its LICENSE file."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if isinstance(config.get("license"), str):
+        return str(config["license"])
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")[:4096]
+        for key in ("license_name", "license"):
+            if found := re.search(rf"^{key}:\s*(\S+)\s*$", text, re.MULTILINE):
+                return found[1]
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        file = folder / name
+        if file.is_file():
+            text = file.read_text(encoding="utf-8", errors="replace")[:4096]
+            for words, short in _LICENSES:
+                if words in text:
+                    return short
+            return next((line.strip()[:200] for line in text.splitlines() if line.strip()), None)
+    return None

@@ -1,0 +1,92 @@
+"""What a run came to, for people, for ``--json`` and for :func:`batchrun.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from batchrun.coordinator import OutcomeKind
+from batchrun.errors import BatchrunError, InterruptedRunError, TooManyFailuresError
+from batchrun.records import Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The end of a run. Rows and tokens are those of the whole output; ``generated_rows`` and
+    ``generated_tokens`` those of this submit alone."""
+
+    name: str
+    run_id: str
+    output: str
+    outcome: OutcomeKind
+    message: str
+    total_rows: int
+    counts: Counts
+    failed_rows: int
+    num_shards: int
+    failed_shards: Mapping[str, str]
+    generated_rows: int
+    generated_tokens: int
+    discarded_tokens: int
+    restarts: int
+    elapsed_s: float
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the command that ran it."""
+        error = self.error
+        return 0 if error is None else error.exit_code
+
+    @property
+    def error(self) -> BatchrunError | None:
+        """Why the run is not a success, or None."""
+        match self.outcome:
+            case OutcomeKind.SUCCESS:
+                return None
+            case OutcomeKind.TOO_MANY_FAILURES:
+                shards = "; ".join(f"{name}: {why}" for name, why in self.failed_shards.items())
+                return TooManyFailuresError(
+                    self.message + (f" ({shards[:500]})" if shards else ""),
+                    "the column `error` of the output says why rows failed; "
+                    "errors.max_failed_rows is how many may, submit again to run failed shards",
+                )
+            case OutcomeKind.INTERRUPTED:
+                return InterruptedRunError(
+                    f"{self.message}: {self.counts.rows:,} of {self.total_rows:,} rows are done",
+                    "everything finished so far is kept; submit again to resume",
+                )
+            case OutcomeKind.NO_WORKERS:
+                return BatchrunError(
+                    f"no worker could be started: {self.message}",
+                    "`batchrun doctor` checks the machine; what is done is kept",
+                )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for one JSON document."""
+        counts = asdict(self.counts)
+        del counts["rows"], counts["failed_rows"]
+        generated = self.generated_tokens
+        return {
+            "name": self.name,
+            "run_id": self.run_id,
+            "output": self.output,
+            "outcome": self.outcome.value,
+            "exit_code": self.exit_code,
+            "message": self.message,
+            "rows": {
+                "total": self.total_rows,
+                "done": self.counts.rows,
+                "failed": self.failed_rows,
+                "generated": self.generated_rows,
+            },
+            "shards": {
+                "total": self.num_shards,
+                "failed": dict(self.failed_shards),
+            },
+            **counts,
+            "generated_tokens": generated,
+            "discarded_tokens": self.discarded_tokens,
+            "tokens_per_s": round(generated / self.elapsed_s, 1) if self.elapsed_s else 0.0,
+            "worker_restarts": self.restarts,
+            "elapsed_s": round(self.elapsed_s, 3),
+        }

@@ -1,0 +1,140 @@
+"""The worker: one process of the cluster that owns one engine and works leases off.
+
+The driver calls one method at a time and each call is short, so the worker needs no threads of its
+own to be asked how it is, and a call that does not come back is a worker that hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from batchrun.job import Job
+from batchrun.records import Lease, Part
+
+if TYPE_CHECKING:
+    from batchrun.data.schema import InputSchema
+    from batchrun.data.writer import PartFile, PartFormat
+    from batchrun.engine.options import EngineOptions
+    from batchrun.pipeline import Pipeline, WorkReport
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker needs to know; small plain values, as they travel through Ray.
+
+    ``num_neighbours`` is how many workers at most share this worker's machine, itself included:
+    on a CPU they share its memory.
+    """
+
+    job: Job
+    run: str
+    schema: InputSchema
+    part_format: PartFormat
+    num_threads: int
+    num_neighbours: int
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A worker that is ready: where it runs, how many sequences its engine runs at once."""
+
+    host: str
+    pid: int
+    node_id: str
+    max_sequences: int
+    max_model_len: int
+    load_s: float
+
+
+class Worker:
+    """Owns an engine. The driver makes it a Ray actor; a test may call it as it is."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._pipeline: Pipeline | None = None
+        self._draining = False
+
+    def load(self) -> Loaded:
+        """Load the engine; may take minutes. Raises CheckpointError and the like."""
+        from batchrun.engine.engine import Engine
+        from batchrun.llm import find_checkpoint
+        from batchrun.pipeline import Pipeline
+
+        started = time.monotonic()
+        # Ray ends a preempted node's processes with SIGTERM first: finish, start nothing new.
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        job = self._settings.job
+        folder = find_checkpoint(job.model.path, job.model_storage_options)
+        engine = Engine.load(folder, self._options())
+        self._pipeline = Pipeline(
+            job, engine, self._publish, self._settings.schema, self._settings.part_format
+        )
+        return Loaded(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            node_id=_node_id(),
+            max_sequences=engine.max_sequences,
+            max_model_len=engine.max_model_len,
+            load_s=time.monotonic() - started,
+        )
+
+    def work(self, leases: tuple[Lease, ...], seconds: float) -> WorkReport:
+        """Take ``leases`` and work for about so long. See :meth:`Pipeline.work`."""
+        pipeline = self._loaded()
+        for lease in leases:
+            pipeline.start(lease)
+        pipeline.draining = self._draining
+        return pipeline.work(seconds)
+
+    def finish(self, timeout_s: float) -> WorkReport:
+        """Publish what is complete and give up the rest. See :meth:`Pipeline.finish`."""
+        return self._loaded().finish(timeout_s)
+
+    def _loaded(self) -> Pipeline:
+        if self._pipeline is None:
+            raise RuntimeError("the worker has no engine: load() comes first")
+        return self._pipeline
+
+    def _publish(self, part_file: PartFile, lease: Lease) -> Part:
+        from batchrun.data.run import RunDirectory
+        from batchrun.data.store import Store
+
+        output = self._settings.job.output
+        store = Store.open(output.path, output.storage_options)
+        directory = RunDirectory(store, self._settings.run, n=self._settings.part_format.n)
+        return directory.publish(part_file, lease)
+
+    def _options(self) -> EngineOptions:
+        from batchrun.engine.options import EngineOptions
+
+        job, settings = self._settings.job, self._settings
+        wanted = job.resources.max_sequences
+        options = EngineOptions(
+            dtype=job.model.dtype,
+            state_dtype=job.model.state_dtype,
+            max_model_len=job.model.max_model_len,
+            max_sequences=None if wanted == "auto" else wanted,
+            deterministic=settings.deterministic,
+            num_threads=settings.num_threads,
+        )
+        if options.torch_device.type == "cpu" and settings.num_neighbours > 1:
+            share = options.free_memory_bytes() // settings.num_neighbours
+            options = replace(options, memory_bytes=share)
+        return options
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._draining = True
+
+
+def _node_id() -> str:
+    """Ray's id of the node that this process runs on; "" outside Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
