@@ -197,7 +197,10 @@ def count_rows(shards: Iterable[Shard]) -> int:
 
 def _parse(data: bytes, name: str) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # Without Arrow's threads: one that still lets go of a Python object while the process
+        # ends would abort it.
+        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as parquet:
+            table = parquet.read(use_threads=False)
         if not {_TYPES_KEY, _DROPPED_KEY} <= set(table.schema.metadata or {}):
             raise ValueError("its metadata is missing")
         return table
