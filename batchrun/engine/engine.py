@@ -27,6 +27,9 @@ from batchrun.model.hybrid import NemotronH
 from batchrun.model.weights import load_model
 from batchrun.records import ErrorKind, FinishReason, RowError
 
+_SMALL_BYTES = 64 << 20
+"""Weights of a model that one thread runs best."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -116,22 +119,26 @@ class Engine:
         """
         started = time.monotonic()
         options = options or EngineOptions()
-        if options.deterministic:
-            torch.set_num_threads(1)  # a sum shared by threads depends on how many there are
+        config = load_config(folder)
+        device, dtype = options.torch_device, options.torch_dtype
+        weight_bytes = _weight_bytes(config, dtype.itemsize)
+        is_small = device.type == "cpu" and weight_bytes < _SMALL_BYTES
+        if options.deterministic or is_small:
+            # A sum shared by threads depends on how many there are, and threads that wait for one
+            # another after every small product cost several times what they bring.
+            torch.set_num_threads(1)
         elif options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        config = load_config(folder)
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         chat = None
         if tokenizer is not None and ChatTemplate.exists(folder):
             chat = ChatTemplate.load(folder, tokenizer)
         close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
-        device, dtype = options.torch_device, options.torch_dtype
         plan = plan_memory(
             config,
             MemoryRequest(
                 memory_bytes=options.memory_bytes or options.free_memory_bytes(),
-                weight_bytes=_weight_bytes(config, dtype.itemsize),
+                weight_bytes=weight_bytes,
                 dtype_bytes=dtype.itemsize,
                 state_dtype_bytes=options.torch_state_dtype.itemsize,
                 num_forced=0 if close is None else close.max_tokens,
