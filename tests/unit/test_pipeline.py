@@ -1,0 +1,336 @@
+"""From leases to parts: what a worker does, without a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.data.inputs import list_input
+from batchrun.data.schema import InputSchema
+from batchrun.data.shards import plan_shards
+from batchrun.data.writer import PartFile, PartFormat
+from batchrun.engine.engine import Engine
+from batchrun.engine.options import EngineOptions
+from batchrun.errors import StorageError
+from batchrun.job import Job, parse_job
+from batchrun.jobfile import JobSource
+from batchrun.llm import find_checkpoint
+from batchrun.pipeline import Pipeline, WorkReport, row_seed
+from batchrun.prompts import input_columns
+from batchrun.records import Lease, Part, Shard
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """The embedded model; few sequences, so that rows queue."""
+    return Engine.load(find_checkpoint("tiny"), EngineOptions(max_sequences=8))
+
+
+@pytest.fixture(autouse=True)
+def whole_engine(engine: Engine) -> Iterator[None]:
+    """After each test nothing is left in the engine, and it holds exactly what it should."""
+    yield
+    assert engine.num_unfinished == 0
+    engine.check_integrity()
+
+
+class Setup:
+    """Input files, a job over them, and a pipeline whose parts end in ``published``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        files: Sequence[Sequence[object]],
+        job: Mapping[str, Mapping[str, object]] | None = None,
+        extra: Mapping[str, Sequence[object]] | None = None,
+    ) -> None:
+        inputs = folder / "in"
+        inputs.mkdir()
+        for number, prompts in enumerate(files):
+            columns = {"prompt": pa.array(prompts, pa.string()), **(extra or {})}
+            pq.write_table(pa.table(columns), inputs / f"{number}.parquet")
+        raw: dict[str, dict[str, object]] = {
+            "model": {"path": "tiny"},
+            "input": {"path": str(inputs), "prompt_column": "prompt", "columns": ["prompt"]},
+            "generation": {"max_tokens": 64, "temperature": 0},
+            "output": {"path": str(folder / "out")},
+        }
+        for section, values in (job or {}).items():
+            raw[section] = {**raw.get(section, {}), **values}
+        self.folder = folder
+        self.job: Job = parse_job(JobSource.of_mapping(raw))
+        found = list_input(str(inputs))
+        schema = InputSchema.of(found, input_columns(self.job))
+        self.shards: list[Shard] = list(
+            plan_shards(
+                found, carried=schema.columns.carried, max_tokens=64, n=self.job.generation.n
+            )
+        )
+        self.published: dict[int, pa.Table] = {}
+        self.pipeline = Pipeline(
+            self.job, engine, self.publish, schema, PartFormat(run="r", n=self.job.generation.n)
+        )
+
+    def publish(self, part_file: PartFile, lease: Lease) -> Part:
+        """Keep the part's rows instead of putting them anywhere."""
+        number = lease.shard.number
+        self.published[number] = pq.read_table(part_file.path)
+        return Part(
+            number,
+            f"part-{number}",
+            lease.attempt,
+            part_file.size_bytes,
+            part_file.sha256,
+            part_file.num_rows,
+            part_file.counts,
+        )
+
+    def lease(self, number: int) -> Lease:
+        """The lease of a shard."""
+        return Lease(self.shards[number], 1, f"attempt-{number}")
+
+    def run(self, *numbers: int) -> list[WorkReport]:
+        """Work the shards off; every report on the way."""
+        for number in numbers or range(len(self.shards)):
+            self.pipeline.start(self.lease(number))
+        reports = []
+        while not reports or not reports[-1].idle:
+            reports.append(self.pipeline.work(0.5))
+        self.pipeline.close()
+        return reports
+
+
+MakeSetup = Callable[..., Setup]
+
+
+@pytest.fixture
+def setup(tmp_path: Path, engine: Engine) -> MakeSetup:
+    """Makes a :class:`Setup` over files of prompts."""
+    return lambda *args, **more: Setup(tmp_path, engine, *args, **more)
+
+
+def sums(count: int, start: int = 1) -> list[str]:
+    """Questions of different lengths."""
+    texts = []
+    for number in range(start, start + count):
+        terms = "+".join(str(1 + (number * 7 + term * 13) % 90) for term in range(2 + number % 4))
+        texts.append(f"What is {terms}?")
+    return texts
+
+
+def test_rows_come_out_in_input_order(setup: MakeSetup) -> None:
+    """A part has every row of its shard once, in input order, though rows end out of order."""
+    made = setup([sums(30)])
+    reports = made.run()
+    table = made.published[0]
+    assert table.column("prompt").to_pylist() == sums(30)
+    assert table.column("id").to_pylist() == [f"0.parquet:{index}" for index in range(30)]
+    assert set(table.column("finish_reason").to_pylist()) == {"stop"}
+    [done] = reports[-1].done
+    assert done.part.counts.rows == 30
+    generated = sum(table.column("completion_tokens").to_pylist())
+    assert done.part.counts.completion_tokens == generated > 0
+
+
+def test_the_model_answers(setup: MakeSetup) -> None:
+    """The completion is the bare number, the reasoning the trace before it."""
+    made = setup([["What is 37+85+12?"]])
+    made.run()
+    [row] = made.published[0].to_pylist()
+    assert row["completion"] == "134"
+    assert row["reasoning"] == "37+85=122\n+12=134\n"
+
+
+def test_rows_flow_across_shard_borders(setup: MakeSetup) -> None:
+    """While the last rows of a shard run, rows of the next are answered already."""
+    # One row of the first shard thinks much longer than all others take.
+    long = "What is 11+22+33+44+55+66+77+88?"
+    made = setup([[long], sums(24)])
+    for number in (0, 1):
+        made.pipeline.start(made.lease(number))
+    finished_next = 0
+    while 0 not in made.published:
+        for item in made.pipeline.work(0.001).running:
+            if item.shard == 1 and 0 not in made.published:
+                finished_next = max(finished_next, item.counts.rows)
+    while not made.pipeline.work(0.5).idle:
+        pass
+    made.pipeline.close()
+    assert finished_next > 0
+    assert made.published[1].num_rows == 24
+
+
+def test_another_lease_is_wanted_before_the_engine_runs_dry(setup: MakeSetup) -> None:
+    """Once a lease's rows are all read, the pipeline asks for more, and not before."""
+    made = setup([sums(40), sums(4)])
+    made.pipeline.start(made.lease(0))
+    assert made.pipeline.work(0.0).num_wanted == 0
+    wanted = 0
+    while not made.published:
+        report = made.pipeline.work(0.001)
+        if report.running and not report.idle:
+            wanted = max(wanted, report.num_wanted)
+    made.pipeline.close()
+    assert wanted > 0
+
+
+def test_draining_takes_no_more(setup: MakeSetup) -> None:
+    """A pipeline that drains finishes what it has and wants nothing."""
+    made = setup([sums(5)])
+    made.pipeline.draining = True
+    reports = made.run()
+    assert [report.num_wanted for report in reports] == [0] * len(reports)
+    assert reports[-1].draining
+    assert made.published[0].num_rows == 5
+
+
+def test_bad_rows_are_error_rows(setup: MakeSetup) -> None:
+    """Rows that cannot run are in the part with their error; their neighbours are answered."""
+    prompts = [None, "What is 2+3?", "", " \n", "What is 4+4? " * 2000, "What is 9+1?"]
+    made = setup([prompts])
+    made.run()
+    rows = made.published[0].to_pylist()
+    kinds = [row["error"] and row["error"].split(":")[0] for row in rows]
+    bad = "invalid_prompt"
+    assert kinds == [bad, None, bad, bad, "too_long", None]
+    assert [row["completion"] for row in rows] == [None, "5", None, None, None, "10"]
+    assert [row["finish_reason"] for row in rows].count("error") == 4
+
+
+def test_samples_differ_and_repeat(setup: MakeSetup, tmp_path: Path, engine: Engine) -> None:
+    """The samples of a row draw different numbers, and the same ones in every run."""
+    job = {"generation": {"n": 3, "temperature": 4.0, "top_p": 1.0}}
+    made = setup([sums(6)], job)
+    made.run()
+    table = made.published[0]
+    assert table.column("sample").to_pylist() == [0, 1, 2] * 6
+    assert table.column("prompt").to_pylist() == [text for text in sums(6) for _ in range(3)]
+    texts = [(row["reasoning"], row["completion"]) for row in table.to_pylist()]
+    assert len(set(texts[:3])) > 1
+    (tmp_path / "again").mkdir()
+    again = Setup(tmp_path / "again", engine, [sums(6)], job)
+    again.run()
+    assert again.published[0].to_pylist() == table.to_pylist()
+
+
+def test_texts_do_not_depend_on_what_runs_beside(tmp_path: Path) -> None:
+    """With a deterministic engine a shard alone gives the bytes that it gives among others."""
+    engine = Engine.load(
+        find_checkpoint("tiny"), EngineOptions(max_sequences=4, deterministic=True)
+    )
+    job = {"generation": {"temperature": 4.0, "top_p": 1.0, "max_tokens": 24}}
+    tables = []
+    for name, order in (("all", (0, 1)), ("alone", (1,))):
+        (tmp_path / name).mkdir()
+        made = Setup(tmp_path / name, engine, [sums(5), sums(5, start=50)], job)
+        made.run(*order)
+        tables.append(made.published[1])
+    assert tables[0].to_pylist() == tables[1].to_pylist()
+
+
+def test_overrides_change_a_row(setup: MakeSetup) -> None:
+    """Override columns hold for their own row; a value that cannot be is an error row."""
+    extra = {
+        "max_tokens": pa.array([None, 3, 0], pa.int64()),
+        "reasoning": pa.array([False, None, None], pa.bool_()),
+    }
+    job = {"input": {"overrides": ["max_tokens", "reasoning"]}}
+    made = setup([["What is 2+3?"] * 3], job, extra)
+    made.run()
+    first, second, third = made.published[0].to_pylist()
+    assert (first["reasoning"], first["completion"], first["reasoning_tokens"]) == (None, "5", 0)
+    assert second["reasoning_tokens"] + second["completion_tokens"] <= 3
+    assert second["finish_reason"] == "length"
+    assert third["error"].startswith("invalid_prompt: override column: max_tokens")
+
+
+def test_slow_rows_time_out(setup: MakeSetup) -> None:
+    """A row that takes longer than row_timeout_s is an error row; the others stay."""
+    job = {
+        "errors": {"row_timeout_s": 0.15},
+        "input": {"overrides": ["ignore_eos", "max_tokens"]},
+    }
+    extra = {
+        "ignore_eos": pa.array([True, False]),
+        "max_tokens": pa.array([3500, 64], pa.int64()),
+    }
+    made = setup([["What is 2+3?", "What is 4+4?"]], job, extra)
+    made.run()
+    slow, quick = made.published[0].to_pylist()
+    assert slow["error"] == "timeout: not finished within 0.15 s"
+    assert quick["completion"] == "8"
+
+
+def test_a_changed_file_fails_its_lease_alone(setup: MakeSetup) -> None:
+    """A shard whose file changed after it was planned fails; the other shard is published."""
+    made = setup([sums(20), sums(10)])
+    pq.write_table(pa.table({"prompt": ["What is 1+1?"]}), made.folder / "in" / "0.parquet")
+    reports = made.run()
+    failed = [item for report in reports for item in report.failed]
+    assert [item.lease.shard.number for item in failed] == [0]
+    assert "changed" in failed[0].message and "0.parquet" in failed[0].message
+    assert list(made.published) == [1]
+    assert made.published[1].num_rows == 10
+
+
+def test_an_empty_shard_has_an_empty_part(setup: MakeSetup) -> None:
+    """A file without rows gives a part without rows."""
+    made = setup([[], sums(2)])
+    made.run()
+    assert [made.published[number].num_rows for number in (0, 1)] == [0, 2]
+
+
+def test_lost_storage_is_raised(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that cannot be published is nobody's row: work() raises what storage said."""
+    made = setup([sums(3)])
+
+    def refuse(part_file: PartFile, lease: Lease) -> Part:
+        raise StorageError("the bucket is away")
+
+    monkeypatch.setattr(made.pipeline, "_publish", refuse)
+    with pytest.raises(StorageError, match="the bucket is away"):
+        made.run()
+    made.pipeline.close()
+
+
+def test_finish_publishes_what_is_complete(setup: MakeSetup) -> None:
+    """At the end of its time a worker publishes complete parts and gives up the rest."""
+    made = setup([["What is 2+3?"], sums(40)])
+    for number in (0, 1):
+        made.pipeline.start(made.lease(number))
+    for _ in range(1000):
+        made.pipeline._admit()
+        made.pipeline._step()
+        if made.pipeline._leases[0].writer.is_complete:
+            break
+    report = made.pipeline.finish(10.0)
+    assert [done.part.shard for done in report.done] == [0]
+    assert list(made.published) == [0]
+
+
+def test_metrics_add_up(setup: MakeSetup) -> None:
+    """Tokens in the metrics are those of the part."""
+    made = setup([sums(12)])
+    reports = made.run()
+    table = made.published[0]
+    for kind in ("prompt", "reasoning", "completion"):
+        counted = sum(
+            report.metrics.counters.get(("batchrun_tokens_total", (kind,)), 0) for report in reports
+        )
+        assert counted == sum(table.column(f"{kind}_tokens").to_pylist()) > 0
+    seconds = [r.metrics.histograms.get(("batchrun_row_seconds", ())) for r in reports]
+    assert sum(sum(item.counts) for item in seconds if item is not None) == 12
+
+
+def test_row_seed_never_changes() -> None:
+    """The seed of a row is the same in every version, and 63 bits wide."""
+    assert row_seed(0, "a.parquet", 0) == 7054246448551598956
+    assert row_seed(0, "a.parquet", 1) != row_seed(0, "a.parquet", 0)
+    assert row_seed(1, "a.parquet", 0) != row_seed(0, "a.parquet", 0)
+    assert row_seed(0, "b.parquet", 0) != row_seed(0, "a.parquet", 0)
+    assert all(0 <= row_seed(0, "a", index) < 2**63 for index in range(1000))
