@@ -79,7 +79,7 @@ class ChatTemplate:
         marks = [mark for mark in tokenizer.special_tokens if mark]
         self._marks = _any_of(marks)
         self._acted_on = _starts_of(marks)
-        self._acted_on_or_switch = _starts_of([*marks, _SWITCH_ON, _SWITCH_OFF])
+        self._acted_on_or_tags = _starts_of([*marks, _SWITCH_ON, _SWITCH_OFF, _OPEN])
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -139,8 +139,10 @@ class ChatTemplate:
         """The messages as the template gets them, the switch as a word of the system message."""
         out = []
         for message in messages:
-            is_scanned = message.role in ("system", "user")
-            pattern = self._acted_on_or_switch if is_scanned else self._acted_on
+            # What an assistant said may hold the reasoning that the template cuts off, and as the
+            # last message it may close the reasoning that it continues.
+            is_model = message.role == "assistant"
+            pattern = self._acted_on if is_model else self._acted_on_or_tags
             content = pattern.sub(lambda m: m.group(1) + _SHIELD, message.content)
             out.append({"role": message.role, "content": content})
         if self._has_switch:

@@ -24,8 +24,8 @@ class EngineOptions:
     ``max_batch_tokens`` go through the model in one step, beyond one for each decoding sequence.
     ``deterministic`` makes the results of a sequence equal to the byte whatever runs beside it, at
     a cost in speed. ``memory_bytes`` bounds what the engine uses; None = what is free, on a CPU
-    half of it. ``num_threads`` is torch's; None leaves it as it
-    is. A small model on a CPU runs on one thread whatever it says.
+    half of it. ``num_threads`` is torch's; None leaves it as it is. A small model on a CPU runs on
+    one thread whatever it says.
 
     :raises RequestError: a value that is not one of those named.
     """

@@ -174,6 +174,11 @@ def test_other_switches_and_template_files(tmp_path: Path) -> None:
     assert on.text == "<s>hi <s>|1|<think>" and on.thinking
     assert off.text == "<s>hi <s>|1|" and not off.thinking
     assert on.token_ids.count(1) == 1 and on.token_ids[0] == 1
+    assert (
+        not ChatTemplate("{{ messages[0].content }}", TOKENIZER, names={})
+        .encode(user("what does <think> mean?"), reasoning=True)
+        .thinking
+    )
 
 
 def test_several_named_templates(tmp_path: Path) -> None:

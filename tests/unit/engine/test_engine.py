@@ -110,6 +110,37 @@ def test_the_text_is_that_of_the_tokens(engine: Engine) -> None:
             assert output.text == engine.tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_forced_tokens_have_their_own_room(engine: Engine, penalty: float) -> None:
+    """Sequences whose prompt and max_tokens fill their blocks exactly do not get into each
+    other's way, and forced tokens count for the repetition penalty."""
+    params = SamplingParams(
+        max_tokens=12, temperature=0, max_thinking_tokens=8, ignore_eos=True,
+        repetition_penalty=penalty,
+    )  # fmt: skip
+    prompts = [tuple(range(n, n + 20)) for n in (20, 60, 100, 140)]
+    outputs = run(engine, [Request(p, p, params, thinking=True) for p in prompts])
+    for prompt in prompts:
+        output = outputs[prompt, 0]
+        assert output.thinking_budget_hit
+        (again,) = run(
+            engine,
+            [Request("again", prompt + output.token_ids[:-4], replace(params, max_tokens=4))],
+        ).values()
+        assert again.token_ids == output.token_ids[-4:]
+
+
+def test_the_answer_reserve_forces_the_close(engine: Engine) -> None:
+    """A quarter of max_tokens is left for the answer, or as much as asked for."""
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    for reserve, spent in ((None, 15), (7, 13), (0, 20)):
+        asked = replace(params, answer_reserve=reserve)
+        output = run(engine, [Request("r", (60, 61), asked, thinking=True)])["r", 0]
+        assert output.num_reasoning_tokens == spent
+        assert output.thinking_budget_hit == (reserve != 0)
+        assert output.num_completion_tokens == 20 - spent
+
+
 @pytest.mark.parametrize("stop_id", [2, 11, 12])
 def test_each_of_the_three_stop_tokens_stops(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, stop_id: int
@@ -136,6 +167,12 @@ def test_ignore_eos_stop_token_ids_and_min_tokens(
     later = run_one(engine, [1], max_tokens=5, min_tokens=3, temperature=0)
     assert len(later.token_ids) == 4
     assert later.token_ids[3] == 12 and 12 not in later.token_ids[:3]
+    beside = [
+        Request(n, (1,), SamplingParams(max_tokens=5, min_tokens=n, temperature=0))
+        for n in range(4)
+    ]
+    lengths = [len(run(engine, beside)[n, 0].token_ids) for n in range(4)]
+    assert lengths == [1, 2, 3, 4]
 
 
 def test_a_stop_string_ends_the_text_before_it(

@@ -86,10 +86,17 @@ def test_a_prompt_of_one_token_is_a_prefill() -> None:
 def test_forced_tokens_are_one_short_chunk() -> None:
     """They go before prompts, together with the sampled token that they follow."""
     made = scheduler(tokens=10)
-    made.add(sequence("a", 2))
-    advance(made.schedule(), forced=3)
     made.add(sequence("b", 20))
-    assert shape(made.schedule()) == ([], [("a", 4), ("b", 6)])
+    made.add(sequence("a", 12))
+    for expected in ([("b", 10)], [("b", 10)], [("a", 9)]):
+        step = made.schedule()
+        assert shape(step)[1] == expected
+        advance(step)
+    made.add(sequence("c", 50))
+    step = made.schedule()
+    assert shape(step) == (["b"], [("a", 3), ("c", 6)])
+    advance(step, forced=3)
+    assert shape(made.schedule()) == ([], [("b", 4), ("a", 4), ("c", 2)])
 
 
 def test_admission_is_first_come_first_served() -> None:
@@ -130,6 +137,7 @@ def test_deterministic_chunks_depend_on_the_sequence_alone() -> None:
         seen = []
         for _ in range(20):
             step = made.schedule()
+            assert len(step.prefills) <= 1
             seen += [c.num_tokens for c in step.prefills if c.sequence.request.key == "a"]
             advance(step)
         return seen

@@ -163,3 +163,12 @@ def test_before_min_tokens_nothing_stops(min_tokens: int) -> None:
     """Neither a stop token nor a stop string among the first min_tokens counts."""
     made = feed(transcript(min_tokens=min_tokens, stops=(b"END",)), ids_of(b"END", b"a", b"a"))
     assert made.text() == ("" if min_tokens == 0 else "ENDaa")
+    stopped = feed(transcript(min_tokens=min_tokens), [STOP, STOP, STOP, STOP])
+    assert stopped.num_sampled == min_tokens + 1
+
+
+def test_a_stop_string_right_after_the_white_space_is_found() -> None:
+    """However much white space went before it."""
+    ids = ids_of(b"</think>", b"\n\n", b"\n\n", b"\n\n", b"END")
+    made = feed(transcript(thinking=True, stops=(b"END",)), ids)
+    assert (made.text(), made.finish_reason) == ("", FinishReason.STOP)
