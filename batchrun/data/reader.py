@@ -50,8 +50,9 @@ class ShardReader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-reader")
         self._fs, self._location = filesystem(shard.uri, storage_options, Role.INPUT)
         self._source: BinaryIO | None = None
-        self._next: Future[pa.RecordBatch | None] = self._pool.submit(self._first_batch)
         self._batches: Iterator[pa.RecordBatch] = iter(())
+        # Last: the reading thread sets some of the above.
+        self._next: Future[pa.RecordBatch | None] = self._pool.submit(self._first_batch)
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -87,6 +88,7 @@ class ShardReader:
     def close(self) -> None:
         """Stop reading ahead and close the file. May be called twice."""
         self._at_end = True
+        self._rows = iter(())
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._source is not None:
             self._source.close()

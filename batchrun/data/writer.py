@@ -68,7 +68,9 @@ class PartFormat:
             pa.field("error", pa.string()),
         ]
         if self.logprobs:
-            fields.append(pa.field("logprobs", pa.list_(pa.float32())))
+            # Named as Parquet names it, so that the file reads back with the same schema.
+            item = pa.field("element", pa.float32())
+            fields.append(pa.field("logprobs", pa.list_(item)))
         return pa.schema(fields, metadata={**self.metadata, RUN_KEY: self.run})
 
 

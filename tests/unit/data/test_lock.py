@@ -1,0 +1,192 @@
+"""The run lock: who holds it, who may take it, and when."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchrun.data.layout import LOCK, epoch_path
+from batchrun.data.lock import Holder, LockState, RunLock, is_live, read_lock
+from batchrun.data.store import Store
+from batchrun.errors import OutputError, OutputHeldError
+
+ELSEWHERE = Holder("otherhost", "other-boot", 77, "123", "2024-01-01T00:00:00+00:00")
+
+
+class Clock:
+    """Time that passes only by sleeping; ``on_sleep`` runs at each sleep."""
+
+    def __init__(self, on_sleep: Callable[[int], None] = lambda _: None) -> None:
+        self.now = 0.0
+        self.num_sleeps = 0
+        self.on_sleep = on_sleep
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.num_sleeps += 1
+        self.on_sleep(self.num_sleeps)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty output."""
+    return Store.open(str(tmp_path))
+
+
+def lock_of(store: Store, clock: Clock | None = None, **options: float) -> RunLock:
+    """A lock with a clock of its own."""
+    clock = clock or Clock()
+    return RunLock(store, "run", clock=clock, sleep=clock.sleep, **options)
+
+
+def put_lock(store: Store, **changes: object) -> LockState:
+    """A lock of somebody elsewhere."""
+    state = replace(LockState(3, 10, False, ELSEWHERE), **changes)  # type: ignore[arg-type]
+    store.put(LOCK, state.to_bytes())
+    return state
+
+
+def test_a_free_output_is_taken_at_once(store: Store) -> None:
+    """The first driver has epoch 1 and stands in the lock; released, the next has epoch 2."""
+    clock = Clock()
+    with lock_of(store, clock) as lock:
+        seen = read_lock(store)
+        assert seen is not None
+        assert (1, 1, False, os.getpid()) == (
+            lock.epoch,
+            seen.epoch,
+            seen.released,
+            seen.holder.pid,
+        )
+        assert is_live(store)
+    assert not is_live(store)
+    with lock_of(store, clock) as lock:
+        assert 2 == lock.epoch
+    assert 0 == clock.num_sleeps
+
+
+def test_a_living_holder_is_named(store: Store) -> None:
+    """A counter that moves means exit 4, with host, process and since when."""
+    put_lock(store)
+    clock = Clock(lambda sleeps: sleeps == 9 and put_lock(store, counter=11))  # type: ignore[arg-type, return-value]
+    with pytest.raises(OutputHeldError, match="process 77 on otherhost, since 2024-01-01") as held:
+        lock_of(store, clock).acquire()
+    assert (4, 4.5) == (held.value.exit_code, clock.now)
+    seen = read_lock(store)
+    assert seen is not None and 11 == seen.counter
+    assert store.info(epoch_path("run", 4)) is None
+
+
+def test_a_silent_holder_is_followed_after_20_seconds(store: Store) -> None:
+    """A counter that stands still on our own clock for 20 s: taken over with the next epoch."""
+    put_lock(store)
+    clock = Clock()
+    with lock_of(store, clock) as lock:
+        assert (4, 20.0) == (lock.epoch, clock.now)
+
+
+def test_a_holder_that_releases_while_it_is_watched_is_followed(store: Store) -> None:
+    """No need to wait longer."""
+    put_lock(store)
+    clock = Clock(lambda sleeps: sleeps == 3 and put_lock(store, released=True))  # type: ignore[arg-type, return-value]
+    with lock_of(store, clock) as lock:
+        assert (4, 1.5) == (lock.epoch, clock.now)
+
+
+def test_a_process_of_this_machine_that_is_gone_is_followed_at_once(store: Store) -> None:
+    """After a SIGKILL of the driver the next submit begins without waiting."""
+    code = "from batchrun.data.lock import *; from dataclasses import asdict; import json\n"
+    code += "print(json.dumps(asdict(Holder.this_process())))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    dead = Holder(**json.loads(out.stdout))
+    assert dead.is_gone and not dead.is_here
+    put_lock(store, holder=dead)
+    assert not is_live(store)
+    clock = Clock()
+    with lock_of(store, clock) as lock:
+        assert (4, 0) == (lock.epoch, clock.num_sleeps)
+
+
+def test_a_reused_process_number_is_not_the_holder(store: Store) -> None:
+    """A pid counts only with the start time of its process."""
+    mine = Holder.this_process()
+    assert mine.is_here and not mine.is_gone
+    assert replace(mine, process_started="1").is_gone
+    assert not replace(mine, host="other").is_gone
+    assert not replace(mine, machine="other").is_gone
+
+
+def test_of_two_that_follow_one_wins(store: Store) -> None:
+    """The record of the epoch is create-only: the slower one is told that it is held."""
+    put_lock(store, released=True)
+    slow = lock_of(store)
+    put_if_absent = store.put_if_absent
+
+    def overtaken(path: str, data: bytes, token: str) -> bool:
+        put_if_absent(path, b"{}", "the faster one")
+        return put_if_absent(path, data, token)
+
+    store.put_if_absent = overtaken  # type: ignore[method-assign, assignment]
+    with pytest.raises(OutputHeldError, match="another live run"):
+        slow.acquire()
+
+
+def test_an_epoch_whose_taker_died_before_the_lock_is_passed_over(store: Store) -> None:
+    """Epochs are never given twice."""
+    put_lock(store, released=True)
+    store.put(epoch_path("run", 9), b"{}")
+    with lock_of(store) as lock:
+        assert 10 == lock.epoch
+
+
+def test_a_holder_that_was_followed_learns_it_and_keeps_off(store: Store) -> None:
+    """An old driver that wakes up does not take the lock back."""
+    lock = lock_of(store, beat_s=0.01).acquire()
+    lock.check()
+    put_lock(store, epoch=99)
+    assert lock.lost.wait(5)
+    with pytest.raises(OutputHeldError, match="took over"):
+        lock.check()
+    lock.release()
+    seen = read_lock(store)
+    assert seen is not None and (99, False) == (seen.epoch, seen.released)
+
+
+def test_the_holder_beats(store: Store) -> None:
+    """The counter moves by itself until the release."""
+    with lock_of(store, beat_s=0.01):
+        deadline = time.monotonic() + 5
+        while (seen := read_lock(store)) is None or seen.counter < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    seen = read_lock(store)
+    assert seen is not None and seen.released
+
+
+def test_liveness_of_a_holder_elsewhere_is_seen_by_its_counter(store: Store) -> None:
+    """It moves: live. It stands still, or there is none: not."""
+    assert not is_live(store)
+    put_lock(store)
+    still = Clock()
+    assert not is_live(store, clock=still, sleep=still.sleep)
+    moving = Clock(lambda sleeps: sleeps == 2 and put_lock(store, counter=12))  # type: ignore[arg-type, return-value]
+    assert is_live(store, clock=moving, sleep=moving.sleep)
+
+
+def test_an_object_that_is_no_lock_is_refused(store: Store) -> None:
+    """Damage is told, not overwritten."""
+    for data in (b"", b"[]", b"{}", b'{"holder": 3}', b"\xff"):
+        store.put(LOCK, data)
+        with pytest.raises(OutputError, match="is not a lock"):
+            lock_of(store).acquire()

@@ -1,0 +1,241 @@
+"""What can go wrong between us and S3, and what is made of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchrun.data import remote
+from batchrun.data.s3 import S3Store
+from batchrun.data.store import Store
+from batchrun.errors import OutputError, StorageError
+from tests.conftest import S3Server
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
+
+
+class FaultyS3Store(S3Store):
+    """An S3 store whose creates go wrong as scripted: ``before`` or ``after`` they take effect."""
+
+    def __init__(self, server: S3Server, faults: list[str]) -> None:
+        super().__init__(server.url, server.storage_options)
+        self.faults = faults
+        self.num_creates = 0
+
+    def _create(self, key: str, data: bytes | Path, metadata: Mapping[str, str]) -> None:
+        self.num_creates += 1
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "before":
+            raise ConnectionResetError("the request was lost")
+        super()._create(key, data, metadata)
+        if fault == "after":
+            raise ConnectionResetError("the answer was lost")
+
+
+def test_a_lost_answer_is_read_back_as_ours(s3_server: S3Server) -> None:
+    """The object landed, the answer did not: it is ours, and is not sent again."""
+    store = FaultyS3Store(s3_server, ["after"])
+    assert store.put_if_absent("part", b"mine", "token-1") is True
+    assert 1 == store.num_creates
+
+
+def test_a_lost_request_is_sent_again(s3_server: S3Server) -> None:
+    """Nothing landed: the same create goes out again and is ours."""
+    store = FaultyS3Store(s3_server, ["before", "before", "after"])
+    assert store.put_if_absent("part", b"mine", "token-1") is True
+    assert 3 == store.num_creates
+    assert b"mine" == store.read("part")
+
+
+def test_a_repeat_of_our_own_put_is_ours(s3_server: S3Server) -> None:
+    """412 against our own object, as after an SDK's silent retry, is success."""
+    store = FaultyS3Store(s3_server, [])
+    assert store.put_if_absent("part", b"mine", "token-1") is True
+    assert store.put_if_absent("part", b"mine", "token-1") is True
+
+
+def test_equal_bytes_are_no_proof_of_authorship(s3_server: S3Server) -> None:
+    """Another token's object is another's, also with the same content and a lost answer."""
+    assert FaultyS3Store(s3_server, []).put_if_absent("part", b"same", "token-1") is True
+    store = FaultyS3Store(s3_server, ["before"])
+    assert store.put_if_absent("part", b"same", "token-2") is False
+
+
+def test_an_object_without_token_is_anothers(s3_server: S3Server) -> None:
+    """A foreign object under the name is neither ours nor touched."""
+    store = FaultyS3Store(s3_server, [])
+    store.put("part", b"foreign")
+    assert store.put_if_absent("part", b"mine", "token-1") is False
+    assert b"foreign" == store.read("part")
+
+
+def test_storage_that_stays_away_is_a_storage_error(s3_server: S3Server) -> None:
+    """After the last try the outcome is unknown, and the error says so with exit code 75."""
+    store = FaultyS3Store(s3_server, ["before"] * 100)
+    with pytest.raises(StorageError, match="cannot be reached") as caught:
+        store.put_if_absent("part", b"mine", "token-1")
+    assert 75 == caught.value.exit_code
+
+
+def test_a_part_is_one_single_put(s3_server: S3Server, tmp_path: Path) -> None:
+    """A big part is not uploaded in pieces, whose completion need not be create-only."""
+    body = tmp_path / "body"
+    body.write_bytes(b"x" * (12 << 20))
+    store = Store.open(s3_server.url, s3_server.storage_options)
+    assert store.put_if_absent("part", body, "token")
+    found = store.info("part")
+    assert found is not None
+    assert (12 << 20, False) == (found.size_bytes, "-" in found.fingerprint)
+
+
+def test_a_store_that_ignores_the_condition_is_refused(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe finds out that creates overwrite, before a run relies on them."""
+    store = S3Store(s3_server.url, s3_server.storage_options)
+    send = store._writer.call_s3
+
+    def unconditional(method: str, **request: Any) -> Any:
+        request.pop("IfNoneMatch", None)
+        return send(method, **request)
+
+    monkeypatch.setattr(store._writer, "call_s3", unconditional)
+    with pytest.raises(OutputError, match="ignores create-only"):
+        store.probe()
+    assert () == store.list()
+
+
+def test_a_missing_bucket_is_named(s3_server: S3Server) -> None:
+    """Probing a bucket that does not exist says just that, with exit code 2."""
+    store = Store.open("s3://no-such-bucket-here/x", s3_server.storage_options)
+    with pytest.raises(OutputError, match="bucket of s3://no-such-bucket-here") as caught:
+        store.probe()
+    assert "create the bucket" in caught.value.hint
+    with pytest.raises(OutputError, match="bucket of s3://no-such-bucket-here"):
+        store.list()
+
+
+@dataclass
+class Scripted:
+    """A server that answers every request with one S3 error."""
+
+    status: int
+    code: str
+    requests: list[str] = field(default_factory=list)
+    endpoint_url: str = ""
+
+
+@pytest.fixture
+def scripted(request: pytest.FixtureRequest, s3_process: str) -> Iterator[Scripted]:
+    """A server that refuses everything as the test's parameter says."""
+    script = Scripted(*request.param)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # answers Expect: 100-continue, which S3 clients send
+
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            script.requests.append(self.command)
+            body = f"<Error><Code>{script.code}</Code><Message>no</Message></Error>".encode()
+            self.send_response(script.status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    script.endpoint_url = f"http://127.0.0.1:{server.server_port}"
+    yield script
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "scripted",
+    [(403, "AccessDenied"), (403, "InvalidAccessKeyId"), (403, "SignatureDoesNotMatch")],
+    indirect=True,
+)
+def test_refused_credentials_end_at_once(scripted: Scripted) -> None:
+    """401/403 is no storm of retries: exit 2 before a run, exit 75 in the middle of one."""
+    store = Store.open("s3://bucket/x", {"endpoint_url": scripted.endpoint_url})
+    with pytest.raises(OutputError, match="access to s3://bucket/x is denied") as early:
+        store.probe()
+    assert "AWS_ACCESS_KEY_ID" in early.value.hint
+    scripted.requests.clear()
+    with pytest.raises(StorageError, match="denied"):
+        store.put_if_absent("part", b"mine", "token")
+    with pytest.raises(StorageError, match="denied"):
+        store.read("part")
+    assert 2 == len(scripted.requests)
+
+
+@pytest.mark.parametrize("scripted", [(503, "SlowDown")], indirect=True)
+def test_throttling_is_waited_out(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 is tried again for a while, then it is lost storage."""
+    monkeypatch.setattr(remote, "_MAX_TRIES", 2)
+    options = {
+        "endpoint_url": scripted.endpoint_url,
+        "config_kwargs": {"retries": {"max_attempts": 0}},
+    }
+    store = S3Store("s3://bucket/x", options)
+    store._fs.retries = 1
+    with pytest.raises(StorageError, match="cannot be reached"):
+        store.read("x")
+    assert 2 == len(scripted.requests)
+
+
+def test_an_endpoint_that_is_away_is_a_storage_error(
+    s3_process: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused connection is exit 75: nothing is wrong with the job."""
+    monkeypatch.setattr(remote, "_MAX_TRIES", 1)
+    store = Store.open("s3://bucket/x", {"endpoint_url": "http://127.0.0.1:9"})
+    with pytest.raises(StorageError, match="cannot be reached"):
+        store.read("x")
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://169.254.169.254",
+        "http://169.254.170.2/creds",
+        "http://[::ffff:a9fe:a9fe]",
+        "http://[fe80::1]:80",
+        "169.254.169.254:80",
+    ],
+)
+def test_link_local_endpoints_are_refused(endpoint: str) -> None:
+    """A job cannot make us talk to a cloud's metadata service."""
+    for options in ({"endpoint_url": endpoint}, {"client_kwargs": {"endpoint_url": endpoint}}):
+        with pytest.raises(OutputError, match="link-local"):
+            Store.open("s3://bucket/x", options)
+
+
+def test_an_empty_endpoint_counts_as_not_given(s3_process: str) -> None:
+    """`${S3_ENDPOINT:-}` may be left unset."""
+    store = S3Store("s3://bucket/x", {"endpoint_url": ""})
+    assert store._fs.endpoint_url is None
+
+
+def test_credentials_in_a_url_are_refused() -> None:
+    """A URL with a password is refused, and the message does not repeat it."""
+    with pytest.raises(OutputError, match="user name or password") as caught:
+        Store.open("s3://AKIAABCDEFGHIJKLMNOP:secret@bucket/x")
+    assert "secret" not in str(caught.value) and "AKIA" not in str(caught.value)
