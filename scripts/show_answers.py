@@ -41,12 +41,13 @@ def is_right(row: dict[str, Any]) -> bool:
 
 
 def pick(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """A handful spread over the run, the last one a wrong answer where there is any."""
-    picked = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+    """A handful spread over the run, wrong answers last, and one of those where there is any."""
+    count = min(count, len(rows))
+    picked = [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
     wrong = [row for row in rows if not is_right(row)]
     if wrong and all(is_right(row) for row in picked):
         picked[-1] = wrong[0]
-    return picked
+    return sorted(picked, key=is_right, reverse=True)
 
 
 def format_row(row: dict[str, Any]) -> str:
