@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from batchrun.cluster.capacity import Capacity, Node
 from batchrun.errors import ClusterError
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's floor is 75 MiB; results are a few hundred bytes each
+_REACH_S = 10.0
 _LABEL = "accelerator_type:"  # how Ray names an accelerator among a node's resources
 
 
@@ -65,6 +67,7 @@ def _connect(address: str | None, num_workers: int, runtime_env: Mapping[str, ob
                 **common,
             )
         else:
+            _check_reachable(address)
             ray.init(address=address, **common)
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         if address is None:
@@ -77,6 +80,13 @@ def _connect(address: str | None, num_workers: int, runtime_env: Mapping[str, ob
             hint="start one with `ray start --head`, give --address, or use `batchrun submit`, "
             "which starts a Ray of its own on this machine",
         ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError when nobody listens at ``address``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def read_capacity() -> Capacity:
