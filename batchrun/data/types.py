@@ -114,6 +114,18 @@ def convert(column: pa.Array, kind: pa.DataType) -> pa.Array:
         return pa.array(column.to_pylist(), type=kind)
 
 
+def repeat(column: pa.ChunkedArray, times: int) -> pa.ChunkedArray:
+    """The column with every value so many times in a row."""
+    if times == 1:
+        return column
+    places = [place for place in range(len(column)) for _ in range(times)]
+    try:
+        return column.take(places)
+    except pa.ArrowNotImplementedError:  # string views, at any depth
+        values = column.to_pylist()
+        return pa.chunked_array([pa.array([values[place] for place in places], column.type)])
+
+
 def is_valid(column: pa.Array) -> bool:
     """Whether all text in the column is UTF-8 and its buffers are sound."""
     try:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from batchrun.data.parts import RUN_KEY
 from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
+from batchrun.data.types import repeat
 from batchrun.errors import BatchrunError, StorageError
 from batchrun.records import Completion, Counts
 
@@ -136,8 +137,8 @@ class PartWriter:
         samples[completion.sample] = completion
         while len(self._waiting.get(self._num_ordered, ())) == self._format.n:
             self._order(self._waiting.pop(self._num_ordered))
-        if len(self._ready) >= _FLUSH_ROWS or self._ready_bytes >= _FLUSH_BYTES:
-            self._flush()
+            if len(self._ready) >= _FLUSH_ROWS or self._ready_bytes >= _FLUSH_BYTES:
+                self._flush()
 
     def finish(self) -> PartFile:
         """Close and verify the file; raises if a row is missing or the file is not right."""
@@ -197,8 +198,6 @@ class PartWriter:
             return
         rows = self._ready
         carried = self._reader.take_carried(len(rows) // self._format.n)
-        if self._format.n > 1 and carried.num_columns:
-            carried = carried.take([place // self._format.n for place in range(len(rows))])
         own: dict[str, list[object]] = {
             "id": [_text(row.id) for row in rows],
             "sample": [row.sample for row in rows],
@@ -215,7 +214,7 @@ class PartWriter:
         columns = [
             pa.chunked_array([pa.array(own[item.name], type=item.type)])
             if item.name in own
-            else carried.column(item.name)
+            else repeat(carried.column(item.name), self._format.n)
             for item in self._schema
         ]
         try:

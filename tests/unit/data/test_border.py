@@ -109,7 +109,7 @@ def test_urls_that_cannot_be_read_are_refused(url: str) -> None:
     """Unknown schemes and metadata services are errors with exit code 2."""
     with pytest.raises(InputError) as caught:
         filesystem(url, None, Role.INPUT)
-    assert 2 == caught.value.exit_code
+    assert caught.value.exit_code == 2
 
 
 def test_a_host_that_resolves_to_a_metadata_service_is_refused(

@@ -48,28 +48,34 @@ def test_a_folder_means_its_parquet_files_in_name_order(tree: Path) -> None:
 
 def test_a_file_a_glob_and_a_list(tree: Path) -> None:
     """A file is itself, a glob its matches, a list all of its entries once."""
-    assert ["a.parquet"] == names(str(tree / "a.parquet"))
-    assert ["a.parquet", "b.parquet"] == names(f"{tree}/[ab].parquet")
-    assert ["10.parquet", "9.parquet", "a.parquet", "b.parquet", "sub/deep/c.parquet"] == names(
-        f"{tree}/**/*.parquet"
-    )
-    assert ["b.parquet", "9.parquet", "a.parquet"] == names(
-        [f"{tree}/b.parquet", f"{tree}/?.parquet"]
-    )
-    assert 5 == len(names([str(tree), f"{tree}/*.parquet"]))
+    assert names(str(tree / "a.parquet")) == ["a.parquet"]
+    assert names(f"{tree}/[ab].parquet") == ["a.parquet", "b.parquet"]
+    assert names(f"{tree}/**/*.parquet") == [
+        "10.parquet",
+        "9.parquet",
+        "a.parquet",
+        "b.parquet",
+        "sub/deep/c.parquet",
+    ]
+    assert names([f"{tree}/b.parquet", f"{tree}/?.parquet"]) == [
+        "b.parquet",
+        "9.parquet",
+        "a.parquet",
+    ]
+    assert len(names([str(tree), f"{tree}/*.parquet"])) == 5
 
 
 def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
     """A file that exists under the very name is meant, not a pattern."""
     write(tmp_path / "data[1].parquet", prompts(1))
     write(tmp_path / "data1.parquet", prompts(1))
-    assert ["data[1].parquet"] == names(str(tmp_path / "data[1].parquet"))
+    assert names(str(tmp_path / "data[1].parquet")) == ["data[1].parquet"]
 
 
 def test_a_file_needs_no_suffix(tmp_path: Path) -> None:
     """A file that is named is read whatever its name."""
     write(tmp_path / "_data", prompts(1))
-    assert ["_data"] == names(str(tmp_path / "_data"))
+    assert names(str(tmp_path / "_data")) == ["_data"]
 
 
 def test_equal_names_in_a_list_of_folders_are_told_apart(tmp_path: Path) -> None:
@@ -77,15 +83,17 @@ def test_equal_names_in_a_list_of_folders_are_told_apart(tmp_path: Path) -> None
     write(tmp_path / "one/x.parquet", prompts(1))
     write(tmp_path / "two/x.parquet", prompts(1))
     write(tmp_path / "two/y.parquet", prompts(1))
-    assert ["one/x.parquet", "two/x.parquet", "y.parquet"] == names(
-        [str(tmp_path / "one"), str(tmp_path / "two")]
-    )
+    assert names([str(tmp_path / "one"), str(tmp_path / "two")]) == [
+        "one/x.parquet",
+        "two/x.parquet",
+        "y.parquet",
+    ]
 
 
 def test_relative_paths(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path is relative to where the command is run."""
     monkeypatch.chdir(tree.parent)
-    assert ["a.parquet"] == names(f"{tree.name}/a.parquet")
+    assert names(f"{tree.name}/a.parquet") == ["a.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +150,7 @@ def test_files_that_are_no_parquet_are_named(tmp_path: Path, how: str, message: 
     damaged(tmp_path / "bad.parquet", how)
     with pytest.raises(InputError, match=message) as caught:
         list_input(str(tmp_path))
-    assert "bad.parquet" in str(caught.value) and 2 == caught.value.exit_code
+    assert "bad.parquet" in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_every_problem_is_found_and_good_files_stay(tmp_path: Path) -> None:
@@ -151,8 +159,8 @@ def test_every_problem_is_found_and_good_files_stay(tmp_path: Path) -> None:
     damaged(tmp_path / "in/bad-1.parquet", "empty")
     damaged(tmp_path / "in/bad-2.parquet", "text")
     files, problems = find_input([str(tmp_path / "in"), str(tmp_path / "none")])
-    assert ["good.parquet"] == [file.path for file in files]
-    assert 3 == len(problems)
+    assert [file.path for file in files] == ["good.parquet"]
+    assert len(problems) == 3
     with pytest.raises(InputError) as caught:
         list_input([str(tmp_path / "in"), str(tmp_path / "none")])
     assert all(name in str(caught.value) for name in ("bad-1", "bad-2", "none"))
@@ -167,13 +175,13 @@ def test_a_file_cut_anywhere_never_raises_anything_else(tmp_path: Path, step: in
     footer = int.from_bytes(good[-8:-4], "little")
     for place in range(0, len(good), 37):
         bad.write_bytes(good[:place])
-        assert 1 == len(find_input(str(bad.parent))[1])
+        assert len(find_input(str(bad.parent))[1]) == 1
     for place in range(len(good) - 8 - footer, len(good) - 8, 29 + step):
         turned = bytearray(good)
         turned[place] ^= 0xFF
         bad.write_bytes(turned)
         files, problems = find_input(str(bad.parent))
-        assert 1 == len(files) + len(problems)
+        assert len(files) + len(problems) == 1
 
 
 def test_footers_tell_rows_and_sizes(tmp_path: Path) -> None:
@@ -187,8 +195,8 @@ def test_footers_tell_rows_and_sizes(tmp_path: Path) -> None:
         use_dictionary=False,
     )
     (file,) = list_input(str(tmp_path))
-    assert [4, 4, 2] == [group.num_rows for group in file.row_groups]
-    assert 10 == file.num_rows
+    assert [group.num_rows for group in file.row_groups] == [4, 4, 2]
+    assert file.num_rows == 10
     assert file.row_groups[0].column_bytes[0] > 400 > file.row_groups[0].column_bytes[1] > 0
 
 
@@ -200,9 +208,9 @@ def test_inputs_on_s3(s3_server: S3Server, tmp_path: Path) -> None:
         store.put(name, body)
     options = s3_server.storage_options
     url = s3_server.url
-    assert ["a b.parquet", "b.parquet", "sub/c.parquet"] == names(f"{url}/in/", options)
-    assert ["a b.parquet", "b.parquet"] == names(f"{url}/in/*.parquet", options)
-    assert ["in/a b.parquet", "in/b.parquet", "in/sub/c.parquet"] == names(url, options)
+    assert names(f"{url}/in/", options) == ["a b.parquet", "b.parquet", "sub/c.parquet"]
+    assert names(f"{url}/in/*.parquet", options) == ["a b.parquet", "b.parquet"]
+    assert names(url, options) == ["in/a b.parquet", "in/b.parquet", "in/sub/c.parquet"]
     (file,) = list_input(f"{url}/in/b.parquet", options)
     found = store.info("b.parquet")
     assert found is not None
@@ -226,4 +234,4 @@ def test_any_url_of_fsspec_is_an_input() -> None:
     with fsspec.open("memory://batchrun-test/in/a.parquet", "wb") as sink:
         pq.write_table(pa.table(prompts(2)), sink)
     (file,) = list_input("memory://batchrun-test/in")
-    assert ("a.parquet", 2) == (file.path, file.num_rows)
+    assert (file.path, file.num_rows) == ("a.parquet", 2)

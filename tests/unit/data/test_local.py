@@ -22,7 +22,7 @@ def test_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
         store.put_if_absent("part", b"x", "token")
     finally:
         os.umask(old)
-    assert 0o644 == stat.S_IMODE((tmp_path / "part").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "part").stat().st_mode) == 0o644
 
 
 def test_a_link_that_worked_but_reports_failure_is_ours(
@@ -50,11 +50,11 @@ def test_a_full_disk_is_a_storage_error_and_publishes_nothing(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="no space left") as caught:
         LocalStore(str(tmp_path)).put_if_absent("part", b"x", "token")
-    assert (75, "make room and submit again to resume") == (
+    assert (
         caught.value.exit_code,
         caught.value.hint,
-    )
-    assert [] == list(tmp_path.iterdir())
+    ) == (75, "make room and submit again to resume")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_without_hard_links_is_refused_by_the_probe(
@@ -68,7 +68,7 @@ def test_a_disk_without_hard_links_is_refused_by_the_probe(
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(OutputError, match="in one step"):
         LocalStore(str(tmp_path / "new")).probe()
-    assert [] == list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     """The probe says that the output cannot be written, with exit code 2."""
     with pytest.raises(OutputError) as caught:
         LocalStore("/proc/batchrun-out").probe()
-    assert 2 == caught.value.exit_code
+    assert caught.value.exit_code == 2
 
 
 def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
     (root / "parts").symlink_to(outside)
     with pytest.raises(StorageError, match="leads out of"):
         LocalStore(str(root)).put("parts/x", b"")
-    assert [] == list(outside.iterdir())
+    assert list(outside.iterdir()) == []
 
 
 def test_a_linked_root_is_fine(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_linked_root_is_fine(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     LocalStore(str(tmp_path / "link")).put("x", b"1")
-    assert b"1" == (tmp_path / "real" / "x").read_bytes()
+    assert (tmp_path / "real" / "x").read_bytes() == b"1"
 
 
 def test_unfinished_files_are_hidden_and_swept(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_unfinished_files_are_hidden_and_swept(tmp_path: Path) -> None:
     store.put("a/x", b"1")
     for folder in (tmp_path, tmp_path / "a"):
         (folder / ".batchrun-1-abc.tmp").write_bytes(b"half")
-    assert ("a/x",) == tuple(item.path for item in store.list())
+    assert tuple(item.path for item in store.list()) == ("a/x",)
     store.sweep()
-    assert ["a", "x"] == sorted(path.name for path in tmp_path.rglob("*"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "x"]
 
 
 def test_file_urls_and_home_are_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,4 +122,4 @@ def test_file_urls_and_home_are_local(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     Store.open("~/a").put("x", b"1")
     Store.open(f"file://{tmp_path}/b").put("x", b"2")
-    assert (b"1", b"2") == ((tmp_path / "a/x").read_bytes(), (tmp_path / "b/x").read_bytes())
+    assert ((tmp_path / "a/x").read_bytes(), (tmp_path / "b/x").read_bytes()) == (b"1", b"2")

@@ -72,8 +72,8 @@ def test_a_free_output_is_taken_at_once(store: Store) -> None:
         assert is_live(store)
     assert not is_live(store)
     with lock_of(store, clock) as lock:
-        assert 2 == lock.epoch
-    assert 0 == clock.num_sleeps
+        assert lock.epoch == 2
+    assert clock.num_sleeps == 0
 
 
 def test_a_living_holder_is_named(store: Store) -> None:
@@ -82,9 +82,9 @@ def test_a_living_holder_is_named(store: Store) -> None:
     clock = Clock(lambda sleeps: sleeps == 9 and put_lock(store, counter=11))  # type: ignore[arg-type, return-value]
     with pytest.raises(OutputHeldError, match="process 77 on otherhost, since 2024-01-01") as held:
         lock_of(store, clock).acquire()
-    assert (4, 4.5) == (held.value.exit_code, clock.now)
+    assert (held.value.exit_code, clock.now) == (4, 4.5)
     seen = read_lock(store)
-    assert seen is not None and 11 == seen.counter
+    assert seen is not None and seen.counter == 11
     assert store.info(epoch_path("run", 4)) is None
 
 
@@ -93,7 +93,7 @@ def test_a_silent_holder_is_followed_after_20_seconds(store: Store) -> None:
     put_lock(store)
     clock = Clock()
     with lock_of(store, clock) as lock:
-        assert (4, 20.0) == (lock.epoch, clock.now)
+        assert (lock.epoch, clock.now) == (4, 20.0)
 
 
 def test_a_holder_that_releases_while_it_is_watched_is_followed(store: Store) -> None:
@@ -101,7 +101,7 @@ def test_a_holder_that_releases_while_it_is_watched_is_followed(store: Store) ->
     put_lock(store)
     clock = Clock(lambda sleeps: sleeps == 3 and put_lock(store, released=True))  # type: ignore[arg-type, return-value]
     with lock_of(store, clock) as lock:
-        assert (4, 1.5) == (lock.epoch, clock.now)
+        assert (lock.epoch, clock.now) == (4, 1.5)
 
 
 def test_a_process_of_this_machine_that_is_gone_is_followed_at_once(store: Store) -> None:
@@ -115,7 +115,7 @@ def test_a_process_of_this_machine_that_is_gone_is_followed_at_once(store: Store
     assert not is_live(store)
     clock = Clock()
     with lock_of(store, clock) as lock:
-        assert (4, 0) == (lock.epoch, clock.num_sleeps)
+        assert (lock.epoch, clock.num_sleeps) == (4, 0)
 
 
 def test_a_reused_process_number_is_not_the_holder(store: Store) -> None:
@@ -147,7 +147,7 @@ def test_an_epoch_whose_taker_died_before_the_lock_is_passed_over(store: Store) 
     put_lock(store, released=True)
     store.put(epoch_path("run", 9), b"{}")
     with lock_of(store) as lock:
-        assert 10 == lock.epoch
+        assert lock.epoch == 10
 
 
 def test_a_holder_that_was_followed_learns_it_and_keeps_off(store: Store) -> None:
@@ -160,7 +160,7 @@ def test_a_holder_that_was_followed_learns_it_and_keeps_off(store: Store) -> Non
         lock.check()
     lock.release()
     seen = read_lock(store)
-    assert seen is not None and (99, False) == (seen.epoch, seen.released)
+    assert seen is not None and (seen.epoch, seen.released) == (99, False)
 
 
 def test_the_holder_beats(store: Store) -> None:

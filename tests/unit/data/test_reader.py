@@ -56,7 +56,7 @@ def test_the_limit_cuts_within_a_row_group(tmp_path: Path) -> None:
     """No row beyond the limit is read."""
     write(tmp_path / "a.parquet", prompts(100), row_group_size=30)
     (shard,), schema, _ = planned(tmp_path, PROMPT, limit=45)
-    assert 45 == len(read_all(shard, schema)[0])
+    assert len(read_all(shard, schema)[0]) == 45
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_empty_row_groups_among_others_simply_work(tmp_path: Path) -> None:
         for values in ([], ["a"], [], [], ["b", "c"], []):
             writer.write_table(pa.table({"prompt": pa.array(values, pa.string())}))
     (shard,), schema, _ = planned(tmp_path, PROMPT)
-    assert 6 == len(shard.row_groups)
-    assert ["a", "b", "c"] == [row.values["prompt"] for row in read_all(shard, schema)[0]]
+    assert len(shard.row_groups) == 6
+    assert [row.values["prompt"] for row in read_all(shard, schema)[0]] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_files_of_different_types_are_carried_in_one(tmp_path: Path) -> None:
     assert [("t", pa.string()), ("n", pa.int64())] == [
         (field.name, field.type) for field in schema.carried
     ]
-    assert [0, 1, 2, None] == pa.concat_tables(tables).column("n").to_pylist()
+    assert pa.concat_tables(tables).column("n").to_pylist() == [0, 1, 2, None]
 
 
 def test_every_unicode_plane_is_kept(tmp_path: Path) -> None:
@@ -155,13 +155,17 @@ def test_a_record_that_is_not_utf8_is_an_error_row_among_good_ones(tmp_path: Pat
     columns = InputColumns(prompt="prompt", carried=("prompt", "n"))
     (shard,), schema, _ = planned(tmp_path, columns)
     rows, carried = read_all(shard, schema)
-    assert [None, ErrorKind.INVALID_PROMPT, ErrorKind.INVALID_PROMPT, None, None] == [
-        row.error and row.error.kind for row in rows
+    assert [row.error and row.error.kind for row in rows] == [
+        None,
+        ErrorKind.INVALID_PROMPT,
+        ErrorKind.INVALID_PROMPT,
+        None,
+        None,
     ]
     assert rows[1].error is not None
-    assert "column 'prompt' is not valid UTF-8" == rows[1].error.message
-    assert ["good", None, None, None, "ü"] == [row.values["prompt"] for row in rows]
-    assert ["good", "\ufffd\ufffd", "\ufffd" * 3, None, "ü"] == carried.column("prompt").to_pylist()
+    assert rows[1].error.message == "column 'prompt' is not valid UTF-8"
+    assert [row.values["prompt"] for row in rows] == ["good", None, None, None, "ü"]
+    assert carried.column("prompt").to_pylist() == ["good", "\ufffd\ufffd", "\ufffd" * 3, None, "ü"]
 
 
 def test_nested_text_that_is_not_utf8_is_an_error_row(tmp_path: Path) -> None:
@@ -173,14 +177,14 @@ def test_nested_text_that_is_not_utf8_is_an_error_row(tmp_path: Path) -> None:
     (shard,), schema, _ = planned(tmp_path, InputColumns(messages="m"))
     rows, _ = read_all(shard, schema)
     assert rows[0].error is not None and rows[1].error is None
-    assert [{"role": "user", "content": "fine"}] == rows[1].values["m"]
+    assert rows[1].values["m"] == [{"role": "user", "content": "fine"}]
 
 
 def test_ids_of_a_column(tmp_path: Path) -> None:
     """Text as it is, integers in decimal; duplicates stay, null gets the default id."""
     write(tmp_path / "a.parquet", {"prompt": ["x"] * 4, "t": ["a", "a", None, "é"]})
     (shard,), schema, _ = planned(tmp_path, InputColumns(id="t", prompt="prompt"))
-    assert ["a", "a", "a.parquet:2", "é"] == [row.id for row in read_all(shard, schema)[0]]
+    assert [row.id for row in read_all(shard, schema)[0]] == ["a", "a", "a.parquet:2", "é"]
     ids = pa.array([1, 2**64 - 1, None, 1], pa.uint64())
     write(tmp_path / "a.parquet", {"prompt": ["x"] * 4, "t": ids})
     (shard,), schema, _ = planned(tmp_path, InputColumns(id="t", prompt="prompt"))
@@ -212,9 +216,9 @@ def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
     )
     spoil(path, "junk")
     (shard,), schema, _ = planned(tmp_path, PROMPT)
-    assert 50 == len(read_all(shard, schema)[0])
+    assert len(read_all(shard, schema)[0]) == 50
     (shard,), schema, _ = planned(tmp_path, InputColumns())
-    assert 50 == len(read_all(shard, schema)[0])
+    assert len(read_all(shard, schema)[0]) == 50
 
 
 def spoil(path: Path, column: str) -> None:
@@ -341,11 +345,11 @@ def test_reading_is_bounded_and_ahead_by_one_batch(tmp_path: Path) -> None:
     with ShardReader(shard, schema) as reader:
         for _ in range(300):
             next(reader)
-        assert 512 == sum(batch.num_rows for batch in reader._carried)
+        assert sum(batch.num_rows for batch in reader._carried) == 512
         assert list(range(300)) == reader.take_carried(300).column("n").to_pylist()
         with pytest.raises(BatchrunError, match="were not read"):
             reader.take_carried(1000)
-    assert [] == list(reader)
+    assert list(reader) == []
 
 
 def test_a_parquet_bomb_stays_small(tmp_path: Path) -> None:
@@ -357,5 +361,5 @@ def test_a_parquet_bomb_stays_small(tmp_path: Path) -> None:
     (shard, *_), schema, _ = planned(tmp_path, PROMPT)
     with ShardReader(shard, schema) as reader:
         before = pa.total_allocated_bytes()
-        assert "x" * 4096 == next(reader).values["prompt"]
+        assert next(reader).values["prompt"] == "x" * 4096
         assert pa.total_allocated_bytes() - before < 64 << 20

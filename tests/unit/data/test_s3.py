@@ -45,15 +45,15 @@ def test_a_lost_answer_is_read_back_as_ours(s3_server: S3Server) -> None:
     """The object landed, the answer did not: it is ours, and is not sent again."""
     store = FaultyS3Store(s3_server, ["after"])
     assert store.put_if_absent("part", b"mine", "token-1") is True
-    assert 1 == store.num_creates
+    assert store.num_creates == 1
 
 
 def test_a_lost_request_is_sent_again(s3_server: S3Server) -> None:
     """Nothing landed: the same create goes out again and is ours."""
     store = FaultyS3Store(s3_server, ["before", "before", "after"])
     assert store.put_if_absent("part", b"mine", "token-1") is True
-    assert 3 == store.num_creates
-    assert b"mine" == store.read("part")
+    assert store.num_creates == 3
+    assert store.read("part") == b"mine"
 
 
 def test_a_repeat_of_our_own_put_is_ours(s3_server: S3Server) -> None:
@@ -75,7 +75,7 @@ def test_an_object_without_token_is_anothers(s3_server: S3Server) -> None:
     store = FaultyS3Store(s3_server, [])
     store.put("part", b"foreign")
     assert store.put_if_absent("part", b"mine", "token-1") is False
-    assert b"foreign" == store.read("part")
+    assert store.read("part") == b"foreign"
 
 
 def test_storage_that_stays_away_is_a_storage_error(s3_server: S3Server) -> None:
@@ -83,7 +83,7 @@ def test_storage_that_stays_away_is_a_storage_error(s3_server: S3Server) -> None
     store = FaultyS3Store(s3_server, ["before"] * 100)
     with pytest.raises(StorageError, match="cannot be reached") as caught:
         store.put_if_absent("part", b"mine", "token-1")
-    assert 75 == caught.value.exit_code
+    assert caught.value.exit_code == 75
 
 
 def test_a_part_is_one_single_put(s3_server: S3Server, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_part_is_one_single_put(s3_server: S3Server, tmp_path: Path) -> None:
     assert store.put_if_absent("part", body, "token")
     found = store.info("part")
     assert found is not None
-    assert (12 << 20, False) == (found.size_bytes, "-" in found.fingerprint)
+    assert (found.size_bytes, "-" in found.fingerprint) == (12 << 20, False)
 
 
 def test_a_store_that_ignores_the_condition_is_refused(
@@ -111,7 +111,7 @@ def test_a_store_that_ignores_the_condition_is_refused(
     monkeypatch.setattr(store._writer, "call_s3", unconditional)
     with pytest.raises(OutputError, match="ignores create-only"):
         store.probe()
-    assert () == store.list()
+    assert store.list() == ()
 
 
 def test_a_missing_bucket_is_named(s3_server: S3Server) -> None:
@@ -152,7 +152,7 @@ def scripted(request: pytest.FixtureRequest, s3_process: str) -> Iterator[Script
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer  # noqa: N815
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
 
         def log_message(self, *_: object) -> None:
             pass
@@ -183,7 +183,7 @@ def test_refused_credentials_end_at_once(scripted: Scripted) -> None:
         store.put_if_absent("part", b"mine", "token")
     with pytest.raises(StorageError, match="denied"):
         store.read("part")
-    assert 2 == len(scripted.requests)
+    assert len(scripted.requests) == 2
 
 
 @pytest.mark.parametrize("scripted", [(503, "SlowDown")], indirect=True)
@@ -198,7 +198,7 @@ def test_throttling_is_waited_out(scripted: Scripted, monkeypatch: pytest.Monkey
     store._fs.retries = 1
     with pytest.raises(StorageError, match="cannot be reached"):
         store.read("x")
-    assert 2 == len(scripted.requests)
+    assert len(scripted.requests) == 2
 
 
 def test_an_endpoint_that_is_away_is_a_storage_error(

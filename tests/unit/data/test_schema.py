@@ -25,7 +25,7 @@ def checked(folder: Path, columns: InputColumns, **options: Any) -> list[str]:
 def test_text_of_every_kind_is_a_prompt(tmp_path: Path, kind: pa.DataType) -> None:
     """string, large_string, string_view and dictionaries of them are text."""
     write(tmp_path / "a.parquet", {"prompt": pa.array(["x", None]).cast(kind)})
-    assert [] == checked(tmp_path, InputColumns(prompt="prompt", id="prompt"))
+    assert checked(tmp_path, InputColumns(prompt="prompt", id="prompt")) == []
     assert is_string(kind)
 
 
@@ -41,8 +41,8 @@ def test_messages_are_conversations_or_json(tmp_path: Path) -> None:
     """list<struct<role, content>> in any order and with more fields, or a JSON string."""
     turn = {"content": "hi", "role": "user", "name": "x"}
     write(tmp_path / "good/a.parquet", {"m": [[turn]], "j": ["[]"]})
-    assert [] == checked(tmp_path / "good", InputColumns(messages="m"))
-    assert [] == checked(tmp_path / "good", InputColumns(messages="j"))
+    assert checked(tmp_path / "good", InputColumns(messages="m")) == []
+    assert checked(tmp_path / "good", InputColumns(messages="j")) == []
     write(tmp_path / "bad/a.parquet", {"m": [[{"role": "user", "text": "x"}]], "n": [1]})
     assert (
         "list<struct<role, content>>"
@@ -50,17 +50,17 @@ def test_messages_are_conversations_or_json(tmp_path: Path) -> None:
             0
         ].hint
     )
-    assert 1 == len(checked(tmp_path / "bad", InputColumns(messages="n")))
+    assert len(checked(tmp_path / "bad", InputColumns(messages="n"))) == 1
     assert not is_conversation(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def test_ids_are_text_or_integers(tmp_path: Path) -> None:
     """A float is no id."""
     write(tmp_path / "a.parquet", {"prompt": ["x"], "i": pa.array([1], pa.uint8()), "f": [0.5]})
-    assert [] == checked(tmp_path, InputColumns(prompt="prompt", id="i"))
-    assert ["input: the id column 'f' is double"] == checked(
-        tmp_path, InputColumns(prompt="prompt", id="f")
-    )
+    assert checked(tmp_path, InputColumns(prompt="prompt", id="i")) == []
+    assert checked(tmp_path, InputColumns(prompt="prompt", id="f")) == [
+        "input: the id column 'f' is double"
+    ]
 
 
 def test_a_missing_column_names_the_file_and_the_nearest_name(tmp_path: Path) -> None:
@@ -69,17 +69,17 @@ def test_a_missing_column_names_the_file_and_the_nearest_name(tmp_path: Path) ->
     write(tmp_path / "b.parquet", {"questoin": ["x"], "n": [1]})
     with pytest.raises(InputError, match=r"b\.parquet has no column 'question'") as caught:
         InputSchema.of(list_input(str(tmp_path)), InputColumns(prompt="question"))
-    assert "did you mean 'questoin'?" == caught.value.hint
+    assert caught.value.hint == "did you mean 'questoin'?"
     with pytest.raises(InputError) as caught:
         InputSchema.of(list_input(str(tmp_path)), InputColumns(prompt="zzz"))
-    assert "its columns are 'question', 'n'" == caught.value.hint
+    assert caught.value.hint == "its columns are 'question', 'n'"
 
 
 def test_every_problem_is_told(tmp_path: Path) -> None:
     """All columns are checked, not up to the first that is wrong."""
     write(tmp_path / "a.parquet", {"n": [1]})
     columns = InputColumns(prompt="n", id="no1", template=("no2",), carried=("no3", "n"))
-    assert 4 == len(checked(tmp_path, columns))
+    assert len(checked(tmp_path, columns)) == 4
 
 
 def test_a_name_twice_in_a_file_is_ambiguous(tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_a_name_twice_in_a_file_is_ambiguous(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(table, tmp_path / "a.parquet")
-    assert ["has 2 columns named 'p'"] == [
+    assert [
         problem.split(".parquet ")[1] for problem in checked(tmp_path, InputColumns(prompt="p"))
-    ]
+    ] == ["has 2 columns named 'p'"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_resumed_run_keeps_its_carried_types(tmp_path: Path) -> None:
 
 def test_no_file_at_all_gives_no_columns_but_no_error() -> None:
     """An empty list of files is the caller's to judge."""
-    assert [] == InputSchema.check([], InputColumns(prompt="p"))[1]
+    assert InputSchema.check([], InputColumns(prompt="p"))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_text_that_is_not_utf8_is_replaced_where_it_is(kind: pa.DataType) -> Non
     fixed = with_valid_text(column)
     fixed.validate(full=True)
     assert kind == fixed.type
-    assert ["ok", "\ufffd!", "\ufffd\ufffd\ufffd", None, "ü😀"] == fixed.to_pylist()
+    assert fixed.to_pylist() == ["ok", "\ufffd!", "\ufffd\ufffd\ufffd", None, "ü😀"]
 
 
 def as_binary(kind: pa.DataType) -> pa.DataType:
@@ -183,19 +183,19 @@ def test_nested_text_that_is_not_utf8_is_replaced() -> None:
     turns = pa.StructArray.from_arrays([pa.array(["user", "user"]), bad], ["role", "content"])
     column = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), turns)
     fixed = with_valid_text(column)
-    assert [
+    assert fixed.to_pylist() == [
         [{"role": "user", "content": "\ufffd"}],
         [{"role": "user", "content": "fine"}],
-    ] == fixed.to_pylist()
+    ]
     mapped = pa.MapArray.from_arrays(pa.array([0, 2], pa.int32()), pa.array(["a", "b"]), bad)
-    assert [[("a", "\ufffd"), ("b", "fine")]] == with_valid_text(mapped).to_pylist()
+    assert with_valid_text(mapped).to_pylist() == [[("a", "\ufffd"), ("b", "fine")]]
 
 
 def test_decoding_strictly_tells_what_is_no_text() -> None:
     """The strict decoder raises, and leaves other values alone."""
     kind = pa.struct([("a", pa.list_(pa.string())), ("b", pa.int32())])
     value = {"a": [b"x", None], "b": 3}
-    assert {"a": ["x", None], "b": 3} == decode(value, kind)
+    assert decode(value, kind) == {"a": ["x", None], "b": 3}
     assert pa.struct([("a", pa.list_(pa.large_binary())), ("b", pa.int32())]) == as_bytes(kind)
     with pytest.raises(UnicodeDecodeError):
         decode({"a": [b"\xff"], "b": 3}, kind)

@@ -55,16 +55,16 @@ def test_listing_one_level_and_folders(store: Store) -> None:
     """A listing that is not recursive shows this level alone; folders are named."""
     for path in ("b.txt", "a.txt", "x/1.txt", "y/2/3.txt"):
         store.put(path, b"")
-    assert ("a.txt", "b.txt") == tuple(item.path for item in store.list(recursive=False))
-    assert ("y/2/3.txt",) == tuple(item.path for item in store.list("y"))
-    assert ("2",) == store.folders("y")
-    assert () == store.folders("none")
+    assert tuple(item.path for item in store.list(recursive=False)) == ("a.txt", "b.txt")
+    assert tuple(item.path for item in store.list("y")) == ("y/2/3.txt",)
+    assert store.folders("y") == ("2",)
+    assert store.folders("none") == ()
 
 
 def test_absent_objects_are_no_errors(store: Store) -> None:
     """Nothing is there before anything is put: empty, None, and deleting is fine."""
-    assert () == store.list()
-    assert () == store.list("some/where")
+    assert store.list() == ()
+    assert store.list("some/where") == ()
     assert store.read("none") is None
     assert store.info("none") is None
     store.delete(["none", "no/ne"])
@@ -76,7 +76,7 @@ def test_put_replaces_and_changes_the_fingerprint(store: Store) -> None:
     before = store.info("x")
     store.put("x", b"other")
     after = store.info("x")
-    assert b"other" == store.read("x")
+    assert store.read("x") == b"other"
     assert before is not None and after is not None
     assert before.fingerprint != after.fingerprint
 
@@ -87,8 +87,8 @@ def test_an_object_is_created_once(store: Store, tmp_path: Path) -> None:
     body.write_bytes(b"first")
     assert store.put_if_absent("part", body, "token-1") is True
     assert store.put_if_absent("part", b"second", "token-2") is False
-    assert b"first" == store.read("part")
-    assert ("part",) == tuple(item.path for item in store.list())
+    assert store.read("part") == b"first"
+    assert tuple(item.path for item in store.list()) == ("part",)
 
 
 @pytest.mark.parametrize("round_", range(4))
@@ -102,7 +102,7 @@ def test_of_many_creators_exactly_one_wins(store: Store, round_: int) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(create, range(8)))
-    assert 1 == sum(answers)
+    assert sum(answers) == 1
     assert str(answers.index(True)).encode() == store.read(f"race-{round_}")
 
 
@@ -119,7 +119,7 @@ def test_delete_removes_what_is_named(store: Store) -> None:
     for path in ("keep/1", "drop/2", "drop/3"):
         store.put(path, b"")
     store.delete(["drop/2", "drop/3"])
-    assert ("keep/1",) == tuple(item.path for item in store.list())
+    assert tuple(item.path for item in store.list()) == ("keep/1",)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,13 @@ def test_hostile_paths_are_refused(store: Store, path: str) -> None:
         store.put(path, b"")
     with pytest.raises(OutputError, match="not a path inside"):
         store.put_if_absent(path, b"", "token")
-    assert () == store.list()
+    assert store.list() == ()
 
 
 def test_probe_proves_the_root_and_leaves_nothing(store: Store) -> None:
     """A good root passes, and the probe is not seen afterwards."""
     store.probe()
-    assert () == store.list()
+    assert store.list() == ()
 
 
 @pytest.mark.parametrize("url", ["http://host/x", "ftp://host/x", "memory://x", "hdfs://h/x"])

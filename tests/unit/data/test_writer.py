@@ -54,7 +54,7 @@ def test_the_columns_are_those_of_the_contract(tmp_path: Path) -> None:
         for row in reader:
             writer.add(completion(row, logprobs=(-0.5, None)))
         table = pq.read_table(writer.finish().path)
-    assert [
+    assert [(field.name, str(field.type)) for field in table.schema] == [
         ("id", "string"),
         ("sample", "int32"),
         ("n", "int16"),
@@ -68,9 +68,9 @@ def test_the_columns_are_those_of_the_contract(tmp_path: Path) -> None:
         ("thinking_budget_hit", "bool"),
         ("error", "string"),
         ("logprobs", "list<element: float>"),
-    ] == [(field.name, str(field.type)) for field in table.schema]
-    assert {b"batchrun.version": b"1", b"batchrun.run": b"run"} == table.schema.metadata
-    assert {
+    ]
+    assert table.schema.metadata == {b"batchrun.version": b"1", b"batchrun.run": b"run"}
+    assert table.to_pylist()[1] == {
         "id": "a.parquet:1",
         "sample": 0,
         "n": 1,
@@ -84,7 +84,7 @@ def test_the_columns_are_those_of_the_contract(tmp_path: Path) -> None:
         "thinking_budget_hit": False,
         "error": None,
         "logprobs": [-0.5, None],
-    } == table.to_pylist()[1]
+    }
     assert set(table.schema.names) - {"n", "prompt"} < set(RESERVED_COLUMNS)
 
 
@@ -117,9 +117,9 @@ def test_rows_are_written_as_soon_as_they_are_in_order(
         rows = list(reader)
         for row in rows[1:50]:
             writer.add(completion(row))
-        assert (0, 51) == (writer._num_written, writer.num_missing)
+        assert (writer._num_written, writer.num_missing) == (0, 51)
         writer.add(completion(rows[0]))
-        assert (50, 50, 0) == (writer._num_written, writer.num_missing, len(writer._waiting))
+        assert (writer._num_written, writer.num_missing, len(writer._waiting)) == (50, 50, 0)
 
 
 def test_long_texts_are_flushed_by_their_size(
@@ -129,7 +129,7 @@ def test_long_texts_are_flushed_by_their_size(
     monkeypatch.setattr(writer_module, "_FLUSH_BYTES", 1000)
     with open_shard(tmp_path, 3) as reader, PartWriter(reader, PartFormat("r")) as writer:
         writer.add(completion(next(reader), completion="x" * 1001))
-        assert 1 == writer._num_written
+        assert writer._num_written == 1
 
 
 def test_a_missing_row_is_never_lost(tmp_path: Path) -> None:
@@ -138,11 +138,11 @@ def test_a_missing_row_is_never_lost(tmp_path: Path) -> None:
         first, second, third = reader
         for row, sample in ((first, 0), (first, 1), (third, 0), (third, 1), (second, 1)):
             writer.add(completion(row, sample))
-        assert (1, False) == (writer.num_missing, writer.is_complete)
+        assert (writer.num_missing, writer.is_complete) == (1, False)
         with pytest.raises(BatchrunError, match="1 rows are missing"):
             writer.finish()
         writer.add(completion(second, 0))
-        assert 6 == writer.finish().num_rows
+        assert writer.finish().num_rows == 6
 
 
 def test_a_sample_is_taken_once(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_sample_is_taken_once(tmp_path: Path) -> None:
             with pytest.raises(BatchrunError, match="not of this part"):
                 writer.add(completion(second, **wrong))  # type: ignore[arg-type]
         writer.add(completion(second))
-        assert 2 == writer.finish().num_rows
+        assert writer.finish().num_rows == 2
 
 
 def test_the_sums_are_those_of_the_rows(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_no_rows_give_a_part_of_no_rows(tmp_path: Path) -> None:
     with open_shard(tmp_path, 0) as reader, PartWriter(reader, PartFormat("r")) as writer:
         assert writer.is_complete
         table = pq.read_table(writer.finish().path)
-    assert (0, 12) == (table.num_rows, table.num_columns)
+    assert (table.num_rows, table.num_columns) == (0, 12)
 
 
 def test_nothing_carried(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_nothing_carried(tmp_path: Path) -> None:
             for row in reader:
                 for sample in range(2):
                     writer.add(completion(row, sample))
-            assert (4, 10) == pq.read_table(writer.finish().path).shape
+            assert pq.read_table(writer.finish().path).shape == (4, 10)
 
 
 def test_every_character_arrives(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_every_character_arrives(tmp_path: Path) -> None:
         table = pq.read_table(writer.finish().path)
     assert [text, "a\ufffdb"] == table["completion"].to_pylist()
     assert [text, "because"] == table["reasoning"].to_pylist()
-    assert [None, "x\ufffd"] == table["error"].to_pylist()
+    assert table["error"].to_pylist() == [None, "x\ufffd"]
 
 
 @pytest.mark.parametrize(
@@ -246,8 +246,8 @@ def test_carried_columns_of_every_type(tmp_path: Path, kind: pa.DataType) -> Non
             carried = pq.read_table(writer.finish().path)["c"]
     source = pq.read_table(path)["c"]
     assert source.type == carried.type
-    repeated = source.take([0, 0, 1, 1, 2, 2])
-    assert [value.as_py() for value in repeated] == [value.as_py() for value in carried]
+    expected = [value.as_py() for value in source for _ in range(2)]
+    assert expected == [value.as_py() for value in carried]
 
 
 def sample_values(kind: pa.DataType) -> pa.Array:
@@ -275,7 +275,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(KeyError), PartWriter(reader, PartFormat("r"), folder) as writer:
             writer.add(completion(next(reader)))
             raise KeyError
-    assert [] == list(folder.iterdir())
+    assert list(folder.iterdir()) == []
 
 
 def test_the_spool_is_private_and_dead_ones_are_removed(tmp_path: Path) -> None:
@@ -288,5 +288,5 @@ def test_the_spool_is_private_and_dead_ones_are_removed(tmp_path: Path) -> None:
     os.close(dead._lock)  # what the kernel does when a process is killed
     Spool(tmp_path).remove()
     assert [living.path] == list(tmp_path.iterdir())
-    assert 0o700 == living.path.stat().st_mode & 0o777
+    assert living.path.stat().st_mode & 0o777 == 0o700
     living.remove()
