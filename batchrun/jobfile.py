@@ -214,9 +214,8 @@ class _Reader:
             del self.places[key]
 
     def _parse(self, text: str, path: KeyPath = ()) -> object:
-        loader = yaml.SafeLoader(text)
         try:
-            return self._document(_events(loader), path)
+            return self._document(_events(yaml.SafeLoader(text)), path)
         except yaml.MarkedYAMLError as error:
             raise JobError((*self.problems, self._syntax_problem(error, text))) from None
         except yaml.reader.ReaderError as error:
@@ -224,8 +223,6 @@ class _Reader:
             what = f"holds the control character U+{ord(text[error.position]):04X}"
             problem = Problem(self._at(line), "", what, "delete it")
             raise JobError((*self.problems, problem)) from None
-        finally:
-            loader.dispose()
 
     def _document(self, events: Iterator[yaml.Event], path: KeyPath) -> object:
         value: object = None

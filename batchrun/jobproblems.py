@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchrun.jobfile import KeyPath
-from batchrun.wording import expectation, nearest, shown
+from batchrun.wording import expectation, nearest, quoted, shown
 
 
 def explain(
@@ -43,31 +43,33 @@ def _describe(name: str, part: Mapping[str, Any]) -> str:
 
 def _mend(key: KeyPath, value: object, schema: Mapping[str, Any]) -> str:
     name = str(key[-1])
+    options = schema.get("anyOf", [schema])
+    kinds = {option.get("type") for option in options}
     if isinstance(value, str):
-        options = schema.get("anyOf", [schema])
         words = [str(w) for o in options for w in (*o.get("enum", ()), o.get("const", ())) if w]
         if close := nearest(value, words):
             return f"did you mean {close}?"
-        kinds = {option.get("type") for option in options}
         if kinds & {"integer", "number"} and value.strip().lstrip("+-").replace(".", "").isdigit():
             return f"write {value.strip()} without quotes"
         if "boolean" in kinds and value.lower() in ("true", "false"):
             return f"write {value.lower()} without quotes"
-    if isinstance(value, bool | int | float) and schema.get("type") == "string":
+        if "array" in kinds:
+            return f"write a list: {name}: [{quoted(value)[1:-1]}]"
+    if isinstance(value, bool | int | float) and "string" in kinds:
         return f'write it in quotes: {name}: "{shown(value)}"'
-    if "default" in schema and schema["default"] is not None:
-        default = schema["default"]
-        return f"the default is {shown(default) if not isinstance(default, str) else default}"
-    if isinstance(value, str) and schema.get("type") == "array":
-        return f"write a list: {name}: [{value}]"
     if "properties" in schema:
         return f"put its keys below it, indented: {', '.join(list(schema['properties'])[:3])}, …"
+    if schema.get("default") is not None:
+        default = schema["default"]
+        return f"the default is {default if isinstance(default, str) else shown(default)}"
     return "delete the key for the default" if "default" in schema else "mend the value"
 
 
 def _similar_key(key: KeyPath, schema: Mapping[str, Any]) -> str:
     name = str(key[-1])
-    siblings = schema_of(key[:-1], schema).get("properties", {})
+    part = schema_of(key[:-1], schema)
+    options = [_resolved(option, schema["$defs"]) for option in (part, *part.get("anyOf", ()))]
+    siblings = [name for option in options for name in option.get("properties", ())]
     if close := nearest(name, siblings):
         return f"did you mean {close}?"
     sections = schema["properties"]

@@ -45,7 +45,11 @@ _CREDENTIALS = (
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A rule that a job breaks: at which key, why, how to mend it, and which keys it read."""
+    """A rule that a job breaks: at which key, why, how to mend it.
+
+    ``reads`` are the keys that decide, if not ``key`` alone; where one of them is wrong by itself
+    the rule says nothing.
+    """
 
     key: tuple[str | int, ...]
     message: str
@@ -202,29 +206,29 @@ def _output_place(job: Values) -> Iterator[Violation]:
         yield Violation(("output", "path"), message, hint)
         return
     output = _place(job["output"]["path"])
-    paths = (
-        (job["input"]["path"],) if isinstance(job["input"]["path"], str) else job["input"]["path"]
-    )
-    for path in paths:
-        base, pattern = _split_glob(_place(path))
-        if pattern and not (base + "/").startswith(output + "/"):
-            # Of a folder that a glob looks into, only what the glob matches is input.
-            inside = _matches(output + "/part-000000-00000000.parquet", base + "/" + pattern)
-        else:
-            inside = (output + "/").startswith(base + "/")
-        around = (base + "/").startswith(output + "/")
-        if not inside and not around:
-            continue
-        relation = "is the input itself"
-        if output != base:
-            relation = "lies inside the input" if inside else "holds the input"
-        yield Violation(
-            ("output", "path"),
-            f"{relation} ({quoted(path, 200)}), so parts and prompts would be mixed up",
-            "write to a folder of its own",
-            ("input.path",),
-        )
-        return
+    written = job["input"]["path"]
+    for path in (written,) if isinstance(written, str) else written:
+        if relation := _relation(output, _place(path)):
+            yield Violation(
+                ("output", "path"),
+                f"{relation} ({quoted(path, 200)}), so parts and prompts would be mixed up",
+                "write to a folder of its own",
+                ("input.path", "output.path"),
+            )
+            return
+
+
+def _relation(output: str, written: str) -> str:
+    """How an output lies to an input where the two get in each other's way; else nothing."""
+    base, pattern = _split_glob(written)
+    if (base + "/").startswith(output + "/"):
+        return "is the input itself" if output == base and not pattern else "holds the input"
+    if not (output + "/").startswith(base + "/"):
+        return ""
+    # Of a folder that a glob looks into, only what the glob matches is input.
+    if pattern and not _matches(output.removeprefix(base).strip("/"), pattern):
+        return ""
+    return "lies inside the input"
 
 
 def secrets(raw: object, key: tuple[str | int, ...] = ()) -> Iterator[Violation]:
@@ -272,8 +276,12 @@ def _split_glob(place: str) -> tuple[str, str]:
     return place, ""
 
 
-def _matches(path: str, pattern: str) -> bool:
-    if "**" in pattern:
-        return fnmatch.fnmatchcase(path, re.sub(r"/\*\*(/|$)", "/*", pattern))
-    parts, patterns = path.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+def _matches(folder: str, pattern: str) -> bool:
+    """Whether parts in ``folder`` are among what a glob finds: as files, or in a folder of it."""
+    parts, patterns = [*folder.split("/"), "part-000000-00000000.parquet"], pattern.split("/")
+    if "**" in patterns:
+        last = patterns[-1]
+        return last == "**" or any(fnmatch.fnmatchcase(part, last) for part in parts)
+    return len(patterns) <= len(parts) and all(
+        fnmatch.fnmatchcase(part, wanted) for part, wanted in zip(parts, patterns, strict=False)
+    )
