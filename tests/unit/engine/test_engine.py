@@ -110,14 +110,33 @@ def test_the_text_is_that_of_the_tokens(engine: Engine) -> None:
             assert output.text == engine.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_forced_tokens_have_their_own_room(engine: Engine, penalty: float) -> None:
-    """Sequences whose prompt and max_tokens fill their blocks exactly do not get into each
-    other's way, and forced tokens count for the repetition penalty."""
-    params = SamplingParams(
-        max_tokens=12, temperature=0, max_thinking_tokens=8, ignore_eos=True,
-        repetition_penalty=penalty,
+def test_forced_tokens_count_for_the_repetition_penalty(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are output like any other."""
+    assert engine.tokenizer is not None
+    forced = engine.tokenizer.encode_plain("\n</think>\n\n")[1]
+    model = engine.runner.model
+
+    def fixed(batch: object, state: object) -> torch.Tensor:
+        logits = torch.zeros_like(model(batch, state))
+        logits[:, 60], logits[:, 61] = 2.0, 1.8
+        logits[:, forced] = 1.9 if engine.stats().sampled_tokens > before else 0.0
+        return logits
+
+    monkeypatch.setattr(engine.runner, "model", fixed)
+    before = engine.stats().sampled_tokens
+    output = run_one(
+        engine, [5], thinking=True, max_tokens=2, max_thinking_tokens=1, temperature=0,
+        repetition_penalty=2.0, answer_reserve=1,
     )  # fmt: skip
+    assert output.token_ids[0] == 60 and output.token_ids[-1] == 61
+
+
+def test_forced_tokens_have_their_own_room(engine: Engine) -> None:
+    """Sequences whose prompt and max_tokens fill their blocks exactly do not get into each
+    other's way."""
+    params = SamplingParams(max_tokens=12, temperature=0, max_thinking_tokens=8, ignore_eos=True)
     prompts = [tuple(range(n, n + 20)) for n in (20, 60, 100, 140)]
     outputs = run(engine, [Request(p, p, params, thinking=True) for p in prompts])
     for prompt in prompts:

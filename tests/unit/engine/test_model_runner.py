@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,7 @@ def test_decodes_stand_before_prefills_and_only_wanted_logits_are_made(
 def test_slots_and_blocks_are_nobody_elses(
     random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unique in every batch, never the scratch ones where there is something to hold; a table
-    shows nothing of the sequence that had the slot before."""
+    """Unique in every batch, never the scratch ones where there is something to hold."""
     engine = make_engine(random_folder, max_sequences=2)
     batches = record(engine, monkeypatch)
     run(engine, requests(200, 5, 90, 3, 40, 1))
@@ -67,6 +67,25 @@ def test_slots_and_blocks_are_nobody_elses(
             assert 0 not in table[:held]
             seen += [block for block in table if block]
         assert len(set(seen)) == len(seen)
+
+
+def test_a_table_shows_nothing_of_the_slots_last_sequence(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short sequence in the slot of a long one, beside one that makes the tables wide."""
+    engine = make_engine(random_folder, max_sequences=2)
+    batches = record(engine, monkeypatch)
+    long, wide, short = requests(200, 150, 3)
+    more = replace(wide.params, max_tokens=30)
+    run(engine, [long, replace(wide, params=more), replace(short, params=more)])
+    tables = [
+        table
+        for batch in batches
+        for context, table in zip(batch.context_lens, batch.block_tables.tolist(), strict=True)
+        if 0 < context <= 33 and len(table) > 2
+    ]
+    assert len(tables) > 10
+    assert all(set(table[2:]) == {0} for table in tables)
 
 
 def test_deterministic_passes_hold_one_sequence(
