@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,15 +190,15 @@ class LLM:
             error = self.engine.admission_error(len(prompt.token_ids), own)
             if error is not None:
                 raise RequestError(f"prompt {number}: {error.message}")
-        finished: dict[int, list[Output]] = {number: [] for number in range(len(prompts))}
         # Keys of this call alone, so that whatever else the engine holds is not touched.
         call = object()
+        finished: dict[Hashable, list[Output]] = {(call, i): [] for i in range(len(prompts))}
         try:
-            for number, ((_, prompt), own) in enumerate(zip(prompts, params, strict=True)):
+            for key, (_, prompt), own in zip(finished, prompts, params, strict=True):
                 for sample in range(own.n):
                     self.engine.add(
                         Request(
-                            key=(call, number),
+                            key=key,
                             prompt_token_ids=prompt.token_ids,
                             params=own,
                             seed=own.seed or 0,
@@ -206,22 +206,24 @@ class LLM:
                             thinking=prompt.thinking,
                         )
                     )
-            while self.engine.num_unfinished:
+            num_left = sum(own.n for own in params)
+            while num_left:
                 for output in self.engine.step():
-                    _, number = output.key  # type: ignore[misc]
-                    finished[number].append(output)
+                    if output.key in finished:
+                        finished[output.key].append(output)
+                        num_left -= 1
         except BaseException:
-            for number in finished:
-                self.engine.abort((call, number))
+            for key in finished:
+                self.engine.abort(key)
             raise
         return [
             RequestOutput(
                 prompt=text,
                 prompt_token_ids=list(prompt.token_ids),
-                outputs=[_completion(o) for o in sorted(finished[number], key=lambda o: o.sample)],
-                metrics=max((o.timings for o in finished[number]), key=lambda t: t.total_s),
+                outputs=[_completion(o) for o in sorted(samples, key=lambda o: o.sample)],
+                metrics=max((o.timings for o in samples), key=lambda t: t.total_s),
             )
-            for number, (text, prompt) in enumerate(prompts)
+            for samples, (text, prompt) in zip(finished.values(), prompts, strict=True)
         ]
 
 

@@ -324,11 +324,11 @@ class Engine:
                 grace=params.thinking_grace,
                 latest=max_tokens - params.reserve_of(max_tokens),
             )
-        own = frozenset() if params.ignore_eos else self._stop_ids
+        stop_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._stop_ids)}
         return Transcript(
             self._output_bytes,
             thinking,
-            stop_ids=own.union(params.stop_token_ids or ()),
+            stop_ids=frozenset(i for i in stop_ids if i < self.config.vocab_size),
             stops=tuple(text.encode() for text in params.stop_strings),
             max_tokens=max_tokens,
             min_tokens=params.min_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -82,4 +83,26 @@ class EngineOptions:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             return max(0, int(free - (1 - _GPU_SHARE) * total))
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+        return _available_bytes() // 2
+
+
+def _available_bytes() -> int:
+    """Host memory that can be had: what Linux calls available, within the container's limit.
+
+    Elsewhere half of what there is.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines}
+        available = sizes["MemAvailable:"]
+    except (OSError, KeyError, ValueError, IndexError):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Files that were only read are counted as used, but make room at once.
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+    except (OSError, KeyError, ValueError):  # no such file, or "max": no limit
+        return available
+    return max(0, min(available, limit - used))

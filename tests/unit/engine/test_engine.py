@@ -186,6 +186,8 @@ def test_ignore_eos_stop_token_ids_and_min_tokens(
     later = run_one(engine, [1], max_tokens=5, min_tokens=3, temperature=0)
     assert len(later.token_ids) == 4
     assert later.token_ids[3] == 12 and 12 not in later.token_ids[:3]
+    outside = run_one(engine, [1], max_tokens=5, min_tokens=3, stop_token_ids=[12, 10**6])
+    assert 12 not in outside.token_ids[:3]
     beside = [
         Request(n, (1,), SamplingParams(max_tokens=5, min_tokens=n, temperature=0))
         for n in range(4)
