@@ -78,10 +78,10 @@ prepare_venv() {
   if ! is_installed "$extra" "$stamp"; then
     echo "Installing batchrun and what it needs into .venv (once; takes a few minutes) ..." >&2
     "$venv_python" -m pip --version >/dev/null 2>&1 || "$venv_python" -m ensurepip >/dev/null
-    # -qq leaves errors alone on the screen; the log has everything else.
-    "$venv_python" -m pip install -qq --disable-pip-version-check --log "$root/.venv/install.log" \
+    # -qq: errors alone.
+    "$venv_python" -m pip install -qq --disable-pip-version-check \
       --constraint "$root/constraints.txt" --editable "$target" ||
-      fail "pip could not install batchrun; its messages stand above and in .venv/install.log" \
+      fail "pip could not install batchrun; its messages stand above" \
         "running this again goes on from here; nothing outside $root/.venv was changed"
     echo "$stamp" >"$root/.venv/.installed-$extra"
     echo "Installed in $((SECONDS - started)) s." >&2
