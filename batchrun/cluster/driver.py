@@ -320,10 +320,7 @@ class _Driver:
             case WorkerGone(worker, cause, message, node_lived, error):
                 if error is not None and cause is LossCause.LOAD and not self._state.num_ready:
                     raise error  # the same everywhere: no other try would help
-                self._restarts += 1
-                self._metrics.add(RESTARTS, cause=_RESTART_CAUSE[cause])
-                self._metrics.forget_worker(worker)
-                self._tally.lose(worker)
+                self._count_loss(worker, _RESTART_CAUSE[cause])
                 self._view.say(f"worker {worker} is lost ({cause}): {message}")
                 self._handle(WorkerLost(worker, cause, message, node_lived))
 
@@ -343,9 +340,16 @@ class _Driver:
             self._handle(WorkerDraining(worker))
         if report.draining and report.idle:
             self._the_fleet.stop(worker)
+            self._count_loss(worker, "preempted")
             self._handle(WorkerLost(worker, LossCause.NODE, "drained", node_lived=False))
         else:
             self._handle(LeasesWanted(worker, report.num_wanted))
+
+    def _count_loss(self, worker: str, cause: str) -> None:
+        self._restarts += 1
+        self._metrics.add(RESTARTS, cause=cause)
+        self._metrics.forget_worker(worker)
+        self._tally.lose(worker)
 
     def _spent(self, worker: str, state: str, seconds: float) -> None:
         recorder = Recorder()
