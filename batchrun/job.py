@@ -390,7 +390,7 @@ def check_source(source: JobSource) -> Reading:
                 repair(raw, key)
     broken_rules = list(secrets(source.raw)) + (list(violations(job.model_dump())) if job else [])
     for rule in broken_rules:
-        reads = [tuple(key.split(".")) for key in rule.reads] or [rule.key]
+        reads: list[KeyPath] = [tuple(key.split(".")) for key in rule.reads] or [rule.key]
         if not any(_overlap(key, path) for key in reads for path in bad):
             place = source.place(rule.key)
             found[Problem(place, dotted(rule.key), rule.message, rule.hint)] = None

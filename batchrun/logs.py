@@ -43,7 +43,7 @@ _SECRETS = tuple(
         (
             r"(?P<keep>\b[\w.-]*(?:secret|password|passwd|api_?key|access_?key|auth_?token|"
             r"session_?token|private_?key|account_?key)[\w.-]*[\"']?\s*[:=]\s*[\"']?)"
-            r"[^\s\"',;&}\]]{4,}",
+            r"(?!\[redacted)[^\s\"',;&}\]]{4,}",
             "i",
         ),
     )

@@ -26,6 +26,7 @@ output:
 
 
 def read(tmp_path: Path, text: str, *overrides: str) -> JobSource:
+    """A job file of this text, read without an environment."""
     path = tmp_path / "job.yaml"
     path.write_text(text, encoding="utf-8")
     return read_job_file(path, overrides, {})

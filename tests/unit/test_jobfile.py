@@ -13,6 +13,7 @@ from batchrun.jobfile import JobSource, read_job_file
 
 
 def read(tmp_path: Path, text: str, *overrides: str, **environ: str) -> JobSource:
+    """A job file of this text."""
     path = tmp_path / "job.yaml"
     path.write_text(text, encoding="utf-8")
     return read_job_file(path, overrides, environ)
@@ -29,6 +30,7 @@ def refusal(tmp_path: Path, content: str | bytes) -> str:
 
 
 def problems(source: JobSource) -> list[str]:
+    """The problems as lines, without the folder's name."""
     return [str(p).replace(p.location.rpartition("/")[0] + "/", "") for p in source.problems]
 
 

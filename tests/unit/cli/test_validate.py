@@ -1,0 +1,106 @@
+"""``batchrun validate`` and ``batchrun schema``: what is printed, where, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from batchrun.cli import main
+from batchrun.job import json_schema
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a call."""
+    result = CliRunner().invoke(main, args, prog_name="batchrun")
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with ``job.yaml`` over three rows."""
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"q": ["1", "2", "3"]}), "rows.parquet")
+    Path("job.yaml").write_text(
+        "model: {path: tiny}\n"
+        "input:\n  path: rows.parquet\n  prompt_column: q\n"
+        "output: {path: out}\n"
+    )
+    return tmp_path
+
+
+def test_a_valid_job(here: Path) -> None:
+    """Exit 0, what the job will work on is on stderr, stdout is empty, nothing is written."""
+    code, out, err = run("validate", "job.yaml")
+    assert (code, out) == (0, "")
+    first, model, rows, output = err.splitlines()
+    assert first == "job.yaml is valid"
+    assert model.startswith("  model   tiny: ") and model.endswith(", up to 4,096 tokens")
+    assert rows == "  input   3 rows in 1 file"
+    assert output == "  output  out: writable"
+    assert not Path("out").exists()
+
+
+def test_facts_for_machines(here: Path) -> None:
+    """``--json`` puts one document on stdout and nothing on stderr."""
+    code, out, err = run("validate", "job.yaml", "--json", "--set", "name=nightly")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["valid"] is True and facts["problems"] == []
+    assert facts["name"] == "nightly"
+    assert facts["input"]["rows"] == 3 and facts["input"]["files"] == 1
+    assert facts["model"]["parameters"] > 100_000
+
+
+def test_every_problem_of_file_and_surroundings(here: Path) -> None:
+    """Problems of the file and of what it names come in one list in the order of the file."""
+    text = Path("job.yaml").read_text().replace("prompt_column: q", "prompt_column: qq")
+    Path("job.yaml").write_text(text + "generation:\n  top_p: 3\n  max_tokns: 5\n")
+    code, out, err = run("validate", "job.yaml")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        f"job.yaml:4: input.prompt_column: {here}/rows.parquet has no column 'qq'; "
+        "did you mean 'q'?",
+        "job.yaml:7: generation.top_p: must be a number above 0 and at most 1, not 3; "
+        "the default is 0.95",
+        "job.yaml:8: generation.max_tokns: no such key; did you mean max_tokens?",
+        "error: the job has 3 problems; nothing was written",
+    ]
+
+
+def test_problems_for_machines(here: Path) -> None:
+    """With ``--json`` the problems are on stdout in parts; the exit code stays 2."""
+    code, out, _ = run("validate", "job.yaml", "--json", "--set", "generation.n=0")
+    assert code == 2
+    assert json.loads(out) == {
+        "valid": False,
+        "problems": [
+            {
+                "location": "--set",
+                "key": "generation.n",
+                "message": "must be a whole number of at least 1, not 0",
+                "hint": "the default is 1",
+            }
+        ],
+    }
+
+
+def test_a_file_that_is_not_there(here: Path) -> None:
+    """A missing job file is exit 2 with the file that may be meant."""
+    assert run("validate", "jop.yaml") == (
+        2,
+        "",
+        "jop.yaml: no such file; did you mean job.yaml?\n"
+        "error: the job has 1 problem; nothing was written\n",
+    )
+
+
+def test_schema() -> None:
+    """``batchrun schema`` prints the JSON Schema and nothing else."""
+    code, out, err = run("schema")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json_schema()
