@@ -117,12 +117,6 @@ TOKENS_DISCARDED = Series(
     Kind.COUNTER,
     "Generated tokens that were lost with a worker and generated again.",
 )
-STORAGE_REQUESTS = Series(
-    "batchrun_storage_requests_total",
-    Kind.COUNTER,
-    "Requests to object storage.",
-    {"op": ("list", "read", "write", "delete"), "outcome": ("ok", "error")},
-)
 WORKER_SECONDS = Series(
     "batchrun_worker_state_seconds_total",
     Kind.COUNTER,
@@ -152,7 +146,6 @@ ALL_SERIES = (
     BUDGET_HITS,
     RESTARTS,
     TOKENS_DISCARDED,
-    STORAGE_REQUESTS,
     WORKER_SECONDS,
     ETA,
     LAST_PROGRESS,
