@@ -71,7 +71,10 @@ prepare_venv() {
   # Two scripts started at once: the second one waits for the first one's installation.
   if command -v flock >/dev/null; then
     exec 9>"$root/.venv.lock"
-    flock 9
+    flock --nonblock 9 || {
+      echo "Waiting for another script that is installing ..." >&2
+      flock 9
+    }
   fi
   "$venv_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || create_venv
   stamp="$(current_stamp)"
