@@ -150,14 +150,6 @@ def _tokens(job: Values) -> Iterator[Violation]:
             "lower it, or write auto",
             reads,
         )
-    budget = generation["max_thinking_tokens"]
-    if budget is not None and budget > most and "max_tokens" not in job["input"]["overrides"]:
-        yield Violation(
-            ("generation", "max_thinking_tokens"),
-            f"is {budget}, more than max_tokens ({most}), which reasoning counts toward",
-            "raise max_tokens, or lower the thinking budget",
-            reads,
-        )
     if job["model"]["max_model_len"] is not None and most >= job["model"]["max_model_len"]:
         yield Violation(
             ("generation", "max_tokens"),

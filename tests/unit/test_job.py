@@ -295,12 +295,6 @@ def test_sections_with_nothing_in_them_are_their_defaults(tmp_path: Path) -> Non
             "lower it, or write auto",
         ),
         (
-            "generation",
-            "max_thinking_tokens: 2000",
-            "generation.max_thinking_tokens: is 2000, more than max_tokens (1024), which reasoning "
-            "counts toward; raise max_tokens, or lower the thinking budget",
-        ),
-        (
             "model",
             "max_model_len: 1024",
             "generation.max_tokens: is 1024, which leaves no room for a prompt in "
