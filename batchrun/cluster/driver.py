@@ -362,8 +362,8 @@ class _Driver:
         progress = self._tally.progress(now, self._started, workers)
         if self._the_fleet.oldest_start_s > _SAY_PENDING_AFTER_S and workers["starting"]:
             progress = replace(progress, note="waiting for the first worker to load its model")
-        self._view(progress)
         self._count(progress)
+        self._view(progress)
         if now - self._saved_at >= _SAVE_EVERY_S:
             self._saved_at = now
             self._save(progress)

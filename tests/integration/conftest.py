@@ -184,3 +184,11 @@ def worker_pids(pid: int) -> set[int]:
     return {
         child for child, command in descendants(pid).items() if command.startswith("ray::Worker")
     }
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
