@@ -70,7 +70,7 @@ class Work:
         pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string()), **columns}), path)
         return path
 
-    def raw(self, output: str = "out", **sections: Mapping[str, object]) -> dict[str, object]:
+    def raw(self, output: str = "out", /, **sections: Mapping[str, object]) -> dict[str, object]:
         """A job over ``in/`` as nested dictionaries; ``sections`` are merged into it."""
         raw: dict[str, dict[str, object]] = {
             "model": {"path": "tiny"},
@@ -87,7 +87,7 @@ class Work:
             raw[name] = {**raw.get(name, {}), **values}
         return dict(raw)
 
-    def job_file(self, output: str = "out", **sections: Mapping[str, object]) -> Path:
+    def job_file(self, output: str = "out", /, **sections: Mapping[str, object]) -> Path:
         """The same as a file (JSON is YAML)."""
         path = self.folder / f"{output}.yaml"
         path.write_text(json.dumps(self.raw(output, **sections), indent=1))
