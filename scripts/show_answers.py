@@ -90,8 +90,9 @@ def main() -> None:
     rows = read_rows(args.output)
     if not rows:
         sys.exit(f"error: {args.output} holds no rows yet\nhint: see batchrun status {args.output}")
-    print(f"\n{args.count} of {len(rows)} answers in {args.output}\n")
-    for row in pick(rows, max(1, args.count)):
+    picked = pick(rows, max(1, args.count))
+    print(f"\n{len(picked)} of {len(rows)} answers in {args.output}\n")
+    for row in picked:
         print(format_row(row) + "\n")
     print(summary(rows))
 
