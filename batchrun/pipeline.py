@@ -86,7 +86,8 @@ class WorkReport:
     """What one call of :meth:`Pipeline.work` brought.
 
     ``num_wanted`` is how many further leases would keep the engine full; ``idle`` says that
-    nothing is left to do. A ``draining`` pipeline takes no further leases.
+    nothing is left to do. ``sampled_tokens`` are those of the engine so far, of unfinished rows
+    too. A ``draining`` pipeline takes no further leases.
     """
 
     done: tuple[FinishedLease, ...] = ()
@@ -94,6 +95,7 @@ class WorkReport:
     running: tuple[RunningLease, ...] = ()
     num_wanted: int = 0
     idle: bool = True
+    sampled_tokens: int = 0
     draining: bool = False
     metrics: MetricsDelta = field(default_factory=MetricsDelta)
 
@@ -196,6 +198,7 @@ class Pipeline:
             ),
             num_wanted=self._num_wanted(),
             idle=not self._leases,
+            sampled_tokens=self._engine.stats().sampled_tokens,
             draining=self.draining,
             metrics=self._recorder.take(),
         )

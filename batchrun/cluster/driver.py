@@ -328,6 +328,7 @@ class _Driver:
         worker, report = news.worker, news.report
         self._metrics.merge(worker, report.metrics)
         self._spent(worker, "starved", news.starved_s)
+        self._tally.sampled_tokens[worker] = report.sampled_tokens
         for item in report.running:
             self._tally.run(worker, item.attempt, item.counts)
         for done in report.done:

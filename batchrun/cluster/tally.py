@@ -45,6 +45,7 @@ class Tally:
     published: dict[int, Counts] = field(init=False)
     failed: dict[int, int] = field(default_factory=dict)
     discarded_tokens: int = 0
+    sampled_tokens: dict[str, int] = field(default_factory=dict)  # by worker, dead ones too
     _running: dict[str, tuple[str, Counts]] = field(default_factory=dict)
     _published: Counts = field(init=False)
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
@@ -97,7 +98,7 @@ class Tally:
     def progress(self, now: float, started: float, workers: Mapping[str, int]) -> Progress:
         """The progress at ``now``; rates are over the last half minute."""
         done = self.done()
-        tokens = done.reasoning_tokens + done.completion_tokens
+        tokens = sum(self.sampled_tokens.values())
         self._samples.append((now, done.rows, tokens))
         while len(self._samples) > 2 and now - self._samples[0][0] > _RATE_WINDOW_S:
             self._samples.popleft()

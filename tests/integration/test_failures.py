@@ -201,8 +201,10 @@ class Scraper:
 def test_metrics_are_served_during_the_run(undisturbed: Work) -> None:
     """Counters only grow, gauges say what is left, labels name job, run and worker."""
     scraper = Scraper()
-    raw = undisturbed.raw("scraped", generation=LONG, metrics={"port": 0}) | {"name": "my job"}
-    job = parse_job(JobSource.of_mapping(raw))
+    raw = undisturbed.raw(
+        "scraped", generation=LONG, metrics={"port": 0}, resources={"max_sequences": 2}
+    )
+    job = parse_job(JobSource.of_mapping({"name": "my job", **raw}))
     summary = run_job(job, view=scraper)
     assert summary.exit_code == 0
     rows = scraper.values("batchrun_rows_total")
