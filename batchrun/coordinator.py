@@ -293,6 +293,8 @@ class RunState:
         alone = len(worker.leases) == 1
         for attempt, number in worker.leases.items():
             del self._attempts[attempt]
+            if number in self.done:
+                continue  # by late news of an earlier attempt
             if event.node_lived:
                 self._suspects[number] = self._suspects.get(number, 0) + alone
             if self._suspects.get(number, 0) > self._max_retries:

@@ -20,9 +20,13 @@ class S3Store(RemoteStore):
 
     def __init__(self, url: str, storage_options: Mapping[str, object] | None) -> None:
         super().__init__(url, storage_options)
-        # s3fs would send a body that it has read already once more, empty; so creates go
-        # through a client of their own that does not repeat itself.
-        options = {**(storage_options or {}), "skip_instance_cache": True}
+        # s3fs would send a body that it has read already once more, empty; so creates go through
+        # a client of their own that does not repeat itself. Its name keeps the two apart in
+        # fsspec's cache of instances.
+        options = dict(storage_options or {})
+        settings = options.get("config_kwargs")
+        named = {"user_agent_extra": "batchrun-create"}
+        options["config_kwargs"] = {**(settings if isinstance(settings, Mapping) else {}), **named}
         writer, _ = filesystem(self.url, options, Role.OUTPUT)
         writer.retries = 1
         self._writer: Any = writer

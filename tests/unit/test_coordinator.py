@@ -359,6 +359,21 @@ def test_late_news_of_a_published_part_counts() -> None:
     assert run.held("3-2") == [1]
 
 
+def test_a_worker_lost_with_a_shard_that_is_done_changes_nothing() -> None:
+    """Its lease was a second one; the shard is neither run again nor failed."""
+    run = Run(2, max_retries=0)
+    run.ready()
+    late = run.leases["3-1"][0]
+    run.lost("3-1", LossCause.NODE, node=False)
+    run.ready("3-2")
+    run.handle(LeaseDone("3-1", late.attempt, part(run.shards[0])))
+    run.lost("3-2")
+    run.ready("3-3")
+    assert run.held("3-3") == [1]
+    run.done("3-3")
+    assert ended(run) == (OutcomeKind.SUCCESS, 0)
+
+
 def test_news_that_come_twice_or_from_strangers_change_nothing() -> None:
     """Facts may be repeated, late, or about what nobody knows."""
     run = Run(3)
@@ -457,29 +472,42 @@ class Machine(RuleBasedStateMachine):
             self.loaded.add(name)
             self.handle(WorkerReady(name))
 
+    @rule()
+    def load_all(self) -> None:
+        """Everybody who lives has loaded."""
+        for name in sorted(self.living):
+            self.loaded.add(name)
+            self.handle(WorkerReady(name))
+
     @rule(data=st.data(), count=st.integers(0, 3))
     def want(self, data: st.DataObject, count: int) -> None:
         """A worker has room."""
         if self.started:
             self.handle(LeasesWanted(data.draw(st.sampled_from(sorted(self.started))), count))
 
-    @rule(data=st.data())
-    def publish(self, data: st.DataObject) -> None:
+    def draw_attempt(self, data: st.DataObject, late: bool) -> str | None:
+        """An attempt that runs, or one that was ended or given up."""
+        choices = sorted(name for name in self.attempts if (name in self.open) is not late)
+        return data.draw(st.sampled_from(choices)) if choices else None
+
+    @rule(data=st.data(), late=st.booleans())
+    def publish(self, data: st.DataObject, late: bool) -> None:
         """A worker publishes, also one that was given up: the first part stands."""
-        if self.attempts:
-            attempt = data.draw(st.sampled_from(sorted(self.attempts)))
+        attempt = self.draw_attempt(data, late)
+        if attempt is not None:
             name, number = self.attempts[attempt]
             made = self.published.setdefault(number, part(self.shards[number], attempt))
             self.open.pop(attempt, None)
             self.handle(LeaseDone(name, attempt, made))
 
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
-        """A worker cannot read a shard, or says so late."""
-        if self.attempts:
-            attempt = data.draw(st.sampled_from(sorted(self.attempts)))
+    @rule(data=st.data(), late=st.booleans())
+    def fail(self, data: st.DataObject, late: bool) -> None:
+        """A worker cannot read a shard; late news of one that was given up do not count."""
+        attempt = self.draw_attempt(data, late)
+        if attempt is not None:
             name, number = self.attempts[attempt]
-            self.unreadable.add(number)
+            if not late:
+                self.unreadable.add(number)
             self.open.pop(attempt, None)
             self.handle(LeaseFailed(name, attempt, "damaged"))
 
@@ -578,4 +606,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

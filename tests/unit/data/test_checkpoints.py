@@ -124,7 +124,7 @@ def test_workers_that_start_together_share_one_download(remote: Store, s3_server
 def test_a_remote_folder_without_config_is_told(s3_server: S3Server) -> None:
     """Also one that does not exist, and a bucket that does not."""
     options = s3_server.storage_options
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         fetch(f"{s3_server.url}/none", options)
     with pytest.raises(CheckpointError, match="bucket of s3://no-such-bucket-y"):
         fetch("s3://no-such-bucket-y/m", options)

@@ -17,6 +17,7 @@ from batchrun.data.layout import LOCK, epoch_path
 from batchrun.data.lock import Holder, LockState, RunLock, is_live, read_lock
 from batchrun.data.store import Store
 from batchrun.errors import OutputError, OutputHeldError
+from tests.conftest import S3Server
 
 ELSEWHERE = Holder("otherhost", "other-boot", 77, "123", "2024-01-01T00:00:00+00:00")
 
@@ -74,6 +75,17 @@ def test_a_free_output_is_taken_at_once(store: Store) -> None:
     with lock_of(store, clock) as lock:
         assert lock.epoch == 2
     assert clock.num_sleeps == 0
+
+
+def test_the_lock_in_object_storage(s3_server: S3Server) -> None:
+    """The same on S3: held, seen to be alive, released, taken again."""
+    remote = Store.open(f"{s3_server.url}/out", s3_server.storage_options)
+    with lock_of(remote, beat_s=0.05):
+        clock = Clock(lambda _: time.sleep(0.06))
+        with pytest.raises(OutputHeldError, match=f"process {os.getpid()}"):
+            lock_of(remote, clock).acquire()
+    with lock_of(remote) as lock:
+        assert lock.epoch == 2
 
 
 def test_a_living_holder_is_named(store: Store) -> None:

@@ -239,3 +239,12 @@ def test_credentials_in_a_url_are_refused() -> None:
     with pytest.raises(OutputError, match="user name or password") as caught:
         Store.open("s3://AKIAABCDEFGHIJKLMNOP:secret@bucket/x")
     assert "secret" not in str(caught.value) and "AKIA" not in str(caught.value)
+
+
+def test_stores_share_their_connections(s3_process: str) -> None:
+    """Opening a store for every part costs no new client, and creates keep one of their own."""
+    options = {"endpoint_url": s3_process}
+    first, second = S3Store("s3://bucket/x", options), S3Store("s3://bucket/y", options)
+    assert first._fs is second._fs and first._writer is second._writer
+    assert first._fs is not first._writer
+    assert (first._fs.retries, first._writer.retries) == (5, 1)
