@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ _ABSENT_CODES = frozenset({"NoSuchKey", "NoSuchVersion", "404"})
 _TRANSIENT_NAMES = frozenset(
     "HTTPClientError ConnectionError ClientError FSTimeoutError ResponseParserError".split()
 )
+# With colons, for fsspec's chains of filesystems; without slashes, which are of local paths.
+_SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _CREDENTIALS_HINT = (
     "credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE) or from the "
     "machine's role; check that they may do this here"
@@ -171,8 +174,8 @@ def border(role: Role, url: str, *, early: bool = False) -> Iterator[None]:
 
 def scheme_of(url: str) -> str:
     """The scheme of ``url``: ``s3``, ``gs``, ``https``; ``file`` for a plain path."""
-    head, separator, _ = url.partition("://")
-    return head.lower() if separator else "file"
+    found = _SCHEME.match(url)
+    return found[1].lower() if found else "file"
 
 
 def check_url(url: str, role: Role) -> None:
@@ -233,6 +236,9 @@ def filesystem(
         options["config_kwargs"] = {**defaults, **options.get("config_kwargs", {})}
     if scheme_of(url) in {"s3", "s3a", "gs", "gcs"}:
         options["use_listings_cache"] = False
+    if scheme_of(url) == "file":
+        # Not by URL: a double colon in a file's name would read as a chain of filesystems.
+        return fsspec.filesystem("file"), local_path(url)
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
