@@ -134,7 +134,7 @@ def translate(error: Exception, role: Role, url: str, *, early: bool = False) ->
     location (exit 2) and not a loss of storage in the middle of a run (exit 75).
     """
     lost: type[BatchrunError] = role.error if early else StorageError
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _text(error)
     match classify(error):
         case Fault.NO_BUCKET:
             return role.error(
@@ -159,6 +159,20 @@ def translate(error: Exception, role: Role, url: str, *, early: bool = False) ->
             )
         case Fault.UNUSABLE:
             return lost(f"{role}: {url} cannot be used ({text})", "check the location's settings")
+
+
+def _text(error: BaseException) -> str:
+    """What the library says, from the first error in the chain that says anything.
+
+    s3fs turns the service's answer into an error of Python that may say just ``None``.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        text = " ".join(str(current).split())
+        if text not in ("", "None"):
+            return text
+        current = current.__cause__ or current.__context__
+    return type(error).__name__
 
 
 @contextmanager
