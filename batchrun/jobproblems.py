@@ -109,7 +109,8 @@ def repair(raw: dict[str, Any], key: KeyPath) -> None:
     Below ``section.key`` the whole value goes. A path that the schema requires gets a stand-in.
     """
     section = raw.get(str(key[0])) if key else None
-    if len(key) > 1 and isinstance(section, dict):
+    # An optional section that has required keys means nothing without them: it goes as a whole.
+    if len(key) > 1 and isinstance(section, dict) and key[0] != "evaluate":
         section.pop(key[1], None)
     elif key:
         raw.pop(str(key[0]), None)

@@ -55,6 +55,7 @@ class CheckedJob:
             run=self.run,
             n=generation.n,
             logprobs=generation.logprobs is not None,
+            correct=self.job.evaluate is not None,
             compression=self.job.output.compression,
             metadata=metadata,
         )

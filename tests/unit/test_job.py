@@ -337,7 +337,6 @@ def test_a_wrong_value(tmp_path: Path, section: str, line: str, expected: str) -
         ("model", "kv_dtype: bfloat16", "model.kv_dtype"),
         ("generation", "response_format: {type: regex, pattern: a}", "generation.response_format"),
         ("generation", "tools: [{name: f}]", "generation.tools"),
-        ("evaluate", "{answer_column: a, scorer: exact}", "evaluate"),
         ("schedule", '"0 2 * * *"', "schedule"),
         ("errors", "canary_rows: 5", "errors.canary_rows"),
         ("limits", "max_hours: 1", "limits.max_hours"),
