@@ -388,7 +388,9 @@ def _bare(text: str) -> str:
 
 def _options(labels: dict[str, str]) -> str:
     """A pattern for any of the labels, longer ones first."""
-    return "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    # Folding can change letters (ß -> ss), so each stands there as it was written too.
+    written = {*labels, *map(_normal, labels.values())}
+    return "|".join(re.escape(label) for label in sorted(written, key=len, reverse=True))
 
 
 def _single_letters(labels: dict[str, str]) -> bool:
@@ -403,13 +405,16 @@ def _named(text: str, labels: dict[str, str]) -> str | None:
         r"(?:correct|right|best|true|final)\b",
         re.IGNORECASE,
     )
-    found = [
-        (match.end(), labels[match["label"].casefold()])
-        for pattern in (after, before)
-        for match in pattern.finditer(text)
-        if not (_single_letters(labels) and _is_a_word(text, match))
-    ]
-    return max(found)[1] if found else None
+    single = _single_letters(labels)
+    last: tuple[int, str] | None = None
+    for pattern in (after, before):
+        for match in pattern.finditer(text):
+            label = labels.get(match["label"].casefold())
+            if label is None or (single and _is_a_word(text, match)):
+                continue
+            if last is None or match.end() > last[0]:
+                last = match.end(), label
+    return last[1] if last is not None else None
 
 
 def _is_a_word(text: str, match: re.Match[str]) -> bool:
@@ -424,7 +429,7 @@ def _leading(line: str, labels: dict[str, str]) -> str | None:
         line,
         re.IGNORECASE,
     )
-    return labels[(match["a"] or match["b"]).casefold()] if match else None
+    return labels.get((match["a"] or match["b"]).casefold()) if match else None
 
 
 def _last_alone(text: str, labels: dict[str, str]) -> str | None:
@@ -435,7 +440,7 @@ def _last_alone(text: str, labels: dict[str, str]) -> str | None:
         rest = text[match.end() : match.end() + 2]
         if single and (word.islower() or (word in "AI" and re.match(r"\s[a-z]", rest))):
             continue
-        last = labels[word.casefold()]
+        last = labels.get(word.casefold(), last)
     return last
 
 
@@ -448,7 +453,7 @@ def _as_choice(value: object, choices: Sequence[str]) -> str | None:
     match value:
         case bool():
             return labels.get("yes" if value else "no")
-        case int() | float() if value == int(value) and 0 <= value < len(choices):
+        case int() | float() if 0 <= value < len(choices) and value == int(value):
             return choices[int(value)]
         case _:
             return None

@@ -56,7 +56,8 @@ def _mend(key: KeyPath, value: object, schema: Mapping[str, Any]) -> str:
         if "array" in kinds:
             return f"write a list: {name}: [{quoted(value)[1:-1]}]"
     if isinstance(value, bool | int | float) and "string" in kinds:
-        return f'write it in quotes: {name}: "{shown(value)}"'
+        at = "" if isinstance(key[-1], int) else f"{name}: "
+        return f'write it in quotes: {at}"{shown(value)}"'
     if "properties" in schema:
         return f"put its keys below it, indented: {', '.join(list(schema['properties'])[:3])}, …"
     if schema.get("default") is not None:
