@@ -4,7 +4,8 @@
 2. Rows become prompts and then requests. The engine is kept a quarter fuller than it can run, so
    a sequence that ends is replaced at the next step; rows of the next lease follow those of the
    one before without a gap.
-3. Finished samples go to the lease's part writer, which puts them into input order.
+3. Finished samples are scored where the job asks for it, and go to the lease's part writer,
+   which puts them into input order.
 4. A lease that has all its rows is published in a thread, while the engine goes on.
 
 A bad row is a completion with an error. An unreadable shard is a failed lease. Anything else that
@@ -18,7 +19,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from batchrun.data.reader import ShardReader
@@ -29,7 +30,9 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request
 from batchrun.errors import CheckpointError, RequestError, ShardError
+from batchrun.evaluate import ScoreSpec
 from batchrun.job import Job
+from batchrun.judge import Judge
 from batchrun.metrics import (
     BUDGET_HITS,
     KV_PAGES_TOTAL,
@@ -45,7 +48,18 @@ from batchrun.metrics import (
     Recorder,
 )
 from batchrun.prompts import PromptBuilder
-from batchrun.records import Completion, Counts, ErrorKind, FinishReason, Lease, Part, Row, RowError
+from batchrun.records import (
+    Completion,
+    Counts,
+    ErrorKind,
+    FinishReason,
+    Lease,
+    Part,
+    Row,
+    RowError,
+    row_scores,
+)
+from batchrun.scores import Scores, Verdict
 
 MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
@@ -123,9 +137,14 @@ class _OpenRow:
 
     owner: _OpenLease
     row: Row
-    missing: set[int]
+    missing: set[int]  # samples that the engine owes
     added_at: float
-    failed: bool = False
+    num_scoring: int = 0  # samples that wait for their verdict
+    finished: list[Completion] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.missing and not self.num_scoring
 
 
 class Pipeline:
@@ -160,6 +179,13 @@ class Pipeline:
         self.draining = False
         """Set to finish the leases at hand and ask for no more."""
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._judge: Judge | None = None
+        if job.evaluate is not None:
+            evaluate = job.evaluate
+            self._judge = Judge(ScoreSpec(evaluate.scorer, evaluate.pattern, evaluate.choices))
+        # Scorers that may take long do so beside the engine.
+        self._scorer = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._scoring: dict[Future[Verdict], tuple[_OpenRow, Completion]] = {}
         self._window = max(
             engine.max_sequences + 1, math.ceil(_WINDOW * engine.max_sequences), part_format.n
         )
@@ -183,8 +209,10 @@ class Pipeline:
             if self._engine.num_unfinished:
                 self._step()
             self._expire()
+            self._take_verdicts(0.0 if self._can_go_on else max(0.0, until - self._clock()))
             self._start_publishing()
-            timeout_s = 0.0 if self._busy else max(0.0, until - self._clock())
+            waits = not self._busy and not self._scoring
+            timeout_s = max(0.0, until - self._clock()) if waits else 0.0
             self._published(timeout_s, done, failed)
             if done or failed or not self._leases or self._clock() >= until:
                 break
@@ -223,6 +251,10 @@ class Pipeline:
             self._engine.abort(key)
         self._rows.clear()
         self._publisher.shutdown(wait=False, cancel_futures=True)
+        self._scorer.shutdown(wait=False, cancel_futures=True)
+        self._scoring.clear()
+        if self._judge is not None:
+            self._judge.close()
         for item in self._leases:
             item.close()
         self._leases.clear()
@@ -231,6 +263,14 @@ class Pipeline:
     def _busy(self) -> bool:
         """Whether there is something to do other than waiting for storage."""
         return bool(self._engine.num_unfinished) or any(not item.at_end for item in self._leases)
+
+    @property
+    def _can_go_on(self) -> bool:
+        """Whether there is something to do while scores are awaited."""
+        rows_left = any(not item.at_end for item in self._leases)
+        return bool(self._engine.num_unfinished) or (
+            rows_left and len(self._scoring) <= self._window
+        )
 
     @property
     def _num_in_engine(self) -> int:
@@ -248,7 +288,10 @@ class Pipeline:
         num_read = 0
         for item in list(self._leases):
             while not item.at_end:
-                has_room = self._num_in_engine + self._format.n <= self._window
+                has_room = (
+                    self._num_in_engine + self._format.n <= self._window
+                    and len(self._scoring) <= self._window
+                )
                 if not has_room or num_read >= _MAX_ROWS_A_TURN:
                     return failed
                 try:
@@ -267,9 +310,13 @@ class Pipeline:
         """One row into the engine, or straight to the part when it cannot run."""
         requests = self._requests(item.lease, row)
         if isinstance(requests, RowError):
-            for sample in range(self._format.n):
-                item.writer.add(_failed(row, sample, requests))
-            item.counts += Counts(rows=1, failed_rows=1)
+            failed = [
+                self._scored(_failed(row, sample, requests), row.answer)
+                for sample in range(self._format.n)
+            ]
+            for completion in failed:
+                item.writer.add(completion)
+            item.counts += Counts(rows=1, failed_rows=1, scores=self._scores(failed))
             return
         key = (item.lease.attempt, row.ordinal)
         missing = {request.sample for request in requests}
@@ -318,12 +365,41 @@ class Pipeline:
         if open_row is None:
             return  # its lease was given up or its row timed out at this very step
         open_row.missing.discard(output.sample)
-        self._record(open_row, _completion(open_row.row, output))
+        completion = _completion(open_row.row, output)
+        if self._judge is None or self._judge.is_quick or completion.completion is None:
+            self._record(open_row, completion)
+            return
+        open_row.num_scoring += 1
+        future = self._scorer.submit(self._judge.judge, completion.completion, open_row.row.answer)
+        self._scoring[future] = (open_row, completion)
+
+    def _take_verdicts(self, timeout_s: float) -> None:
+        """Samples whose verdict is there go on; waits so long for one to come."""
+        if not self._scoring:
+            return
+        ready, _ = wait(self._scoring, timeout=timeout_s, return_when=FIRST_COMPLETED)
+        for future in [item for item in self._scoring if item in ready]:
+            open_row, completion = self._scoring.pop(future)
+            key = (open_row.owner.lease.attempt, open_row.row.ordinal)
+            if self._rows.get(key) is not open_row:
+                continue  # its lease was given up
+            open_row.num_scoring -= 1
+            self._record(open_row, replace(completion, verdict=future.result()))
+
+    def _scored(self, completion: Completion, answer: object) -> Completion:
+        """The completion with its verdict, where the job asks for one and it takes no time."""
+        if self._judge is None or completion.verdict is not None:
+            return completion
+        return replace(completion, verdict=self._judge.judge(completion.completion, answer))
+
+    def _scores(self, samples: list[Completion]) -> Scores | None:
+        return None if self._judge is None else row_scores(samples)
 
     def _record(self, open_row: _OpenRow, completion: Completion) -> None:
         owner = open_row.owner
+        completion = self._scored(completion, open_row.row.answer)
         owner.writer.add(completion)
-        open_row.failed = open_row.failed or completion.error is not None
+        open_row.finished.append(completion)
         owner.counts += Counts(
             prompt_tokens=completion.prompt_tokens,
             reasoning_tokens=completion.reasoning_tokens,
@@ -334,8 +410,10 @@ class Pipeline:
         self._recorder.add(TOKENS, completion.reasoning_tokens, kind="reasoning")
         self._recorder.add(TOKENS, completion.completion_tokens, kind="completion")
         self._recorder.add(BUDGET_HITS, int(completion.thinking_budget_hit))
-        if not open_row.missing:
-            owner.counts += Counts(rows=1, failed_rows=int(open_row.failed))
+        if open_row.is_done:
+            samples = sorted(open_row.finished, key=lambda item: item.sample)
+            failed = any(item.error is not None for item in samples)
+            owner.counts += Counts(rows=1, failed_rows=int(failed), scores=self._scores(samples))
             self._rows.pop((owner.lease.attempt, open_row.row.ordinal), None)
             self._recorder.observe(ROW_SECONDS, self._clock() - open_row.added_at)
 
@@ -353,7 +431,11 @@ class Pipeline:
         if limit is None:
             return
         now = self._clock()
-        late = [(key, item) for key, item in self._rows.items() if now - item.added_at > limit]
+        late = [
+            (key, item)
+            for key, item in self._rows.items()
+            if item.missing and now - item.added_at > limit
+        ]
         for key, open_row in late:
             self._engine.abort(key)
             error = RowError(ErrorKind.TIMEOUT, f"not finished within {limit:g} s")

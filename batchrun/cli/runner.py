@@ -16,6 +16,7 @@ import click
 from batchrun.cli import echo_error
 from batchrun.cli.options import echo_json
 from batchrun.cli.progress import ProgressView, duration
+from batchrun.cli.scores import score_lines
 
 if TYPE_CHECKING:
     from batchrun.cluster.summary import Summary
@@ -95,6 +96,8 @@ def summary_text(summary: Summary) -> str:
         lines.append(f"  {summary.generated_rows:,} of them in this submit")
     tokens = f"{counts.reasoning_tokens:,} of reasoning, {counts.completion_tokens:,} of completion"
     lines.append(f"  tokens: {counts.prompt_tokens:,} of prompt, {tokens}")
+    if counts.scores is not None:
+        lines += [f"  {line}" for line in score_lines(counts.scores)]
     if summary.elapsed_s:
         rate = summary.generated_tokens / summary.elapsed_s
         lines.append(f"  took {duration(summary.elapsed_s)}, {rate:,.0f} tokens/s with the start")
