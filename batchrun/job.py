@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from batchrun.jobfile import JobSource, KeyPath, in_order
 from batchrun.jobproblems import explain, repair, schema_of
 from batchrun.jobrules import secrets, violations
 from batchrun.logs import REDACTED, names_a_secret, redact
+from batchrun.tools import tool_problems
 from batchrun.wording import dotted, expectation, shown
 
 MAX_INT = 2**31 - 1
@@ -51,6 +53,7 @@ Override = Literal[
     "stop",
     "seed",
     "ignore_eos",
+    "tools",
 ]
 
 
@@ -165,7 +168,8 @@ class Generation(Section):
     """Binds the completion: {type: json_schema, schema: …}, {type: regex, pattern: …} or
     {type: choice, choices: […]}."""
     tools: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
-    """Function schemas for the chat template."""
+    """Function schemas for the chat template: {type: function, function: {name, description,
+    parameters}}, or the function alone. Calls come back in `tool_calls`."""
 
     def with_overrides(self, values: Mapping[str, object]) -> Generation:
         """This, with one row's ``values`` in place of the job's.
@@ -186,6 +190,10 @@ class Generation(Section):
             raise ValueError(
                 f"answer_reserve ({reserve}) must be less than max_tokens ({changed.max_tokens})"
             )
+        for problem in tool_problems(changed.tools if "tools" in values else ()):
+            # Names below are texts of the row, which messages do not repeat.
+            known = itertools.takewhile(lambda part: part != "properties", problem.key)
+            raise ValueError(f"{dotted(('tools', *known))} {problem.message}")
         return changed
 
 
@@ -336,6 +344,11 @@ class Job(Section):
         if self.evaluate is not None:
             content["evaluate"] = self.evaluate.model_dump(mode="json")
         return content
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether rows may call functions, so that the output has the column `tool_calls`."""
+        return bool(self.generation.tools) or "tools" in self.input.overrides
 
     @property
     def model_storage_options(self) -> dict[str, object]:

@@ -246,6 +246,15 @@ class _Inspector:
         except PromptError as error:
             key = ("input", "system") if system is not None else ("model", "path")
             self._add(key, error.message, error.hint or "use another checkpoint")
+            return
+        tools = self.job.generation.tools
+        if not tools or not self._usable("generation.tools"):
+            return
+        try:
+            chat.encode(messages, reasoning=self.job.generation.reasoning, tools=tools)
+        except PromptError as error:
+            hint = "delete the key, or use a checkpoint that can call functions"
+            self._add(("generation", "tools"), error.message, error.hint or hint)
 
     def check_output(self) -> None:
         """Writable, with the atomic create that parts need."""
