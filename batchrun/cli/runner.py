@@ -98,6 +98,10 @@ def summary_text(summary: Summary) -> str:
     lines.append(f"  tokens: {counts.prompt_tokens:,} of prompt, {tokens}")
     if counts.scores is not None:
         lines += [f"  {line}" for line in score_lines(counts.scores)]
+    if counts.malformed_tool_calls:
+        lines.append(
+            f"  tool calls that cannot be read, kept as text: {counts.malformed_tool_calls:,}"
+        )
     if summary.elapsed_s:
         rate = summary.generated_tokens / summary.elapsed_s
         lines.append(f"  took {duration(summary.elapsed_s)}, {rate:,.0f} tokens/s with the start")

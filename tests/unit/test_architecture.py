@@ -27,6 +27,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"model"}),
     frozenset({"job", "metrics"}),
     frozenset({"jobproblems", "jobrules"}),
+    frozenset({"tools"}),
     frozenset({"jobfile", "records"}),
     frozenset({"scores"}),
     frozenset({"jobscalars", "wording"}),

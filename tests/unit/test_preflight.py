@@ -288,3 +288,12 @@ def test_a_missing_library_is_found_before_the_run(
         "--set: evaluate.scorer: is math, but the library math-verify is not installed; "
         "pip install math-verify"
     ]
+
+
+def test_a_template_that_takes_no_tools(desk: Desk, tmp_path: Path) -> None:
+    """Tools for a checkpoint whose chat template would drop them are a job error."""
+    checkpoint = tmp_path / "tools-checkpoint"
+    shutil.copytree(TINY, checkpoint)
+    edit(checkpoint / "tokenizer_config.json", chat_template="{{ messages[-1].content }}")
+    [line] = desk.said(f"model.path={checkpoint}", "generation.tools=[{name: f}]")
+    assert "generation.tools: the checkpoint's chat template has no place for tools" in line
