@@ -154,6 +154,10 @@ def test_doctor_looks_at_everything(call: Call, tmp_path: Path) -> None:
     for name in ("python", "torch", "ray", "embedded model", "object storage"):
         assert names[name] == "ok"
     assert "cuda" in names and "mamba-ssm kernels" in names
+    [licence] = [check for check in found["checks"] if check["name"] == "model licence"]
+    assert licence["state"] == "ok"
+    for word in ("copy of the agreement", "notice", "outputs", "guardrails", "read the licence"):
+        assert word in licence["advice"]
     code, out, err = call("doctor", "ftp://nowhere/x")
     assert code == 1
     assert "FAILED" in out
