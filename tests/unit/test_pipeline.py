@@ -495,3 +495,29 @@ def test_without_tools_a_call_is_text(setup: MakeSetup, monkeypatch: pytest.Monk
     made.run()
     assert made.published[0]["completion"].to_pylist() == [said]
     assert "tool_calls" not in made.published[0].schema.names
+
+
+def test_conversations_with_calls_from_parquet(setup: MakeSetup) -> None:
+    """Messages as structs have null calls where there are none, and null content beside calls."""
+    call = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+    turn = pa.struct(
+        [("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))]
+    )
+    asked = {"role": "user", "content": "1+2?", "tool_calls": None}
+    called = {"role": "assistant", "content": None}
+    called |= {"tool_calls": [{"name": "add", "arguments": "{}"}]}
+    told = {"role": "tool", "content": "3", "tool_calls": None}
+    turns = [[asked], [asked, called, told], [asked, {**told, "tool_calls": called["tool_calls"]}]]
+    made = setup(
+        [["-"] * 3],
+        {"input": {"prompt_column": None, "messages_column": "m"}, "generation": {"max_tokens": 4}},
+        {"m": pa.array(turns, pa.list_(turn))},
+    )
+    made.run()
+    table = made.published[0].to_pydict()
+    assert table["error"] == [
+        None,
+        None,
+        "invalid_prompt: column m, message 1: only an assistant message can have tool calls",
+    ]
+    assert table["prompt_tokens"][1] > table["prompt_tokens"][0]
