@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -336,10 +337,13 @@ class Job(Section):
         run. Where the input lies and how the work is spread are not part of it; the input's bytes
         are pinned shard by shard instead."""
         rows = self.input.model_dump(mode="json", exclude={"path", "storage_options"})
+        generation = self.generation.model_dump(mode="json")
+        # As texts: the order of their keys is that of the prompt.
+        generation["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in generation["tools"]]
         content: dict[str, object] = {
             "model": self.model.model_dump(mode="json"),
             "input": rows,
-            "generation": self.generation.model_dump(mode="json"),
+            "generation": generation,
         }
         if self.evaluate is not None:
             content["evaluate"] = self.evaluate.model_dump(mode="json")

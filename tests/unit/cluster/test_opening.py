@@ -75,5 +75,8 @@ def test_tools_make_a_column(
     job = parse_job(JobSource.of_mapping(raw))
     checked = CheckedJob(job, Store.open(str(tmp_path)), job.semantic(), None)
     assert checked.part_format.tool_calls is has_calls
-    other = parse_job(JobSource.of_mapping({**raw, "generation": {"tools": [{"name": "g"}]}}))
-    assert replace(checked, semantic=other.semantic()).run != checked.run
+    runs = {checked.run}
+    for tool in ({"name": "g", "strict": True}, {"strict": True, "name": "g"}):  # as in the prompt
+        other = parse_job(JobSource.of_mapping({**raw, "generation": {"tools": [tool]}}))
+        runs.add(replace(checked, semantic=other.semantic()).run)
+    assert len(runs) == 3
