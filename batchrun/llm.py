@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +168,9 @@ class LLM:
                     f"prompt {number} holds lone surrogates, so it is not Unicode"
                 ) from error
             return prompt, EncodedPrompt(tuple(ids), _is_open(prompt), prompt)
+        if not _is_list(prompt):
+            kind = type(prompt).__name__
+            raise RequestError(f"prompt {number}: expected a text or token ids, not {kind}")
         ids = list(prompt)
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise RequestError(f"prompt {number}: expected a text or token ids")
@@ -260,6 +263,8 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """The prompts as a list; a text, a mapping or a list of ids alone is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be a list, not {type(prompts).__name__}")
     several: list[Prompt] = []
     ids: list[int] = []
     for item in prompts:
@@ -274,31 +279,45 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
     """The conversations as a list; messages alone are one conversation."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise RequestError(f"chat takes a list of messages, not {type(messages).__name__}")
     turns: list[Mapping[str, object] | Message] = []
     several: list[Conversation] = []
     for item in messages:
         if isinstance(item, Mapping | Message):
             turns.append(item)
-        else:
+        elif _is_list(item):
             several.append(item)
+        else:
+            raise RequestError(f"chat takes messages, not {type(item).__name__}")
     if turns and several:
         raise RequestError("chat takes one conversation or a list of conversations, not both")
     return [turns] if turns else several
 
 
-def _message(message: Mapping[str, object] | Message) -> Message:
+def _is_list(value: object) -> bool:
+    """Whether it is a sequence of items; a text and bytes are one only to the letter."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _message(message: object) -> Message:
     """A message from a dictionary; a content of several text parts is joined by line breaks."""
     if isinstance(message, Message):
         return message
-    role, content = message.get("role"), message.get("content")
+    turn = message if isinstance(message, Mapping) else {}
+    role, content = turn.get("role"), turn.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "\n".join(
-            str(part.get("text", "")) if isinstance(part, Mapping) else str(part)
-            for part in content
-        )
+        content = "\n".join(map(_text_of, content))
     if not isinstance(role, str) or not isinstance(content, str):
         raise RequestError(f"a message needs a role and a content, both texts, not {message!r}")
     return Message(role, content)
+
+
+def _text_of(part: object) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        raise RequestError(f"a content may have parts of text only, not {part!r}")
+    return text
 
 
 def _one_each(
@@ -308,6 +327,8 @@ def _one_each(
         return [SamplingParams()] * count
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not _is_list(params) or not all(isinstance(own, SamplingParams) for own in params):
+        raise RequestError("sampling_params must be a SamplingParams or a list of them")
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling_params for {count} prompts")
     return list(params)

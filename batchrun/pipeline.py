@@ -58,7 +58,8 @@ _RowKey = tuple[str, int]  # attempt, ordinal
 
 @dataclass(frozen=True, slots=True)
 class FailedLease:
-    """A lease that ends without a part: its shard cannot be read. Plain text, for the driver."""
+    """A lease that ends without a part of this run: its shard cannot be read, or something else
+    stands where the part belongs. Plain text, for the driver."""
 
     lease: Lease
     message: str
@@ -183,7 +184,8 @@ class Pipeline:
                 self._step()
             self._expire()
             self._start_publishing()
-            done += self._published(0.0 if self._busy else max(0.0, until - self._clock()))
+            timeout_s = 0.0 if self._busy else max(0.0, until - self._clock())
+            self._published(timeout_s, done, failed)
             if done or failed or not self._leases or self._clock() >= until:
                 break
         state = "drain" if self.draining else "generate"
@@ -209,9 +211,11 @@ class Pipeline:
         The pipeline is closed then.
         """
         self._start_publishing()
-        done = self._published(timeout_s, ALL_COMPLETED)
+        done: list[FinishedLease] = []
+        failed: list[FailedLease] = []
+        self._published(timeout_s, done, failed, ALL_COMPLETED)
         self.close()
-        return WorkReport(done=tuple(done))
+        return WorkReport(done=tuple(done), failed=tuple(failed))
 
     def close(self) -> None:
         """Give up everything. May be called twice."""
@@ -376,17 +380,26 @@ class Pipeline:
         """Close, verify and publish a part; runs beside the engine."""
         return self._publish(item.writer.finish(), item.lease)
 
-    def _published(self, timeout_s: float, until: str = FIRST_COMPLETED) -> list[FinishedLease]:
-        """The leases whose parts are in their place now; waits so long for one to come."""
+    def _published(
+        self,
+        timeout_s: float,
+        done: list[FinishedLease],
+        failed: list[FailedLease],
+        until: str = FIRST_COMPLETED,
+    ) -> None:
+        """Move the leases whose publishing ended to ``done``, or to ``failed`` when something
+        else stands where the part belongs; waits so long for one to end."""
         waiting = {item.publishing: item for item in self._leases if item.publishing is not None}
         ready, _ = wait(waiting, timeout=timeout_s, return_when=until)
-        parts = []
         for future in ready:
             item = waiting[future]
-            self._leases.remove(item)
-            item.close()
-            parts.append(FinishedLease(item.lease, future.result()))
-        return parts
+            try:
+                done.append(FinishedLease(item.lease, future.result()))
+            except ShardError as error:
+                failed.append(self._give_up(item, error))
+            else:
+                self._leases.remove(item)
+                item.close()
 
 
 def row_seed(job_seed: int, shard_path: str, row_index: int) -> int:

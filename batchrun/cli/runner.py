@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,14 +47,15 @@ def run_and_report(job: Job, source: JobSource, address: str | None, options: Ru
     with stop_on_signals() as stop, ProgressView(quiet=options.quiet) as view:
         from batchrun.cluster.driver import run_job
 
-        summary = run_job(
-            job,
-            source=source,
-            address=address,
-            deterministic=options.deterministic,
-            stop=stop,
-            view=view,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what befell its daemons
+            summary = run_job(
+                job,
+                source=source,
+                address=address,
+                deterministic=options.deterministic,
+                stop=stop,
+                view=view,
+            )
     if options.as_json:
         echo_json(summary.to_json())
     if summary.error is not None:

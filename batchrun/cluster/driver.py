@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from batchrun.cluster.capacity import Capacity, WorkerShape, plan_shape
 from batchrun.cluster.opening import CheckedJob, check
-from batchrun.cluster.session import nodes_are_coming, ray_session, read_capacity
+from batchrun.cluster.session import nodes_are_coming, ray_lives, ray_session, read_capacity
 from batchrun.cluster.summary import Summary
 from batchrun.cluster.tally import Progress, Tally
 from batchrun.cluster.worker import WorkerSettings
@@ -49,7 +49,7 @@ from batchrun.coordinator import (
 from batchrun.data import run as bookkeeping
 from batchrun.data.lock import RunLock
 from batchrun.data.run import OpenedRun
-from batchrun.errors import StorageError
+from batchrun.errors import InterruptedRunError, StorageError
 from batchrun.job import Job
 from batchrun.jobfile import JobSource
 from batchrun.metrics import (
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
 _SHOW_EVERY_S = 0.5
 _SAVE_EVERY_S = 3.0
 _DRAIN_S = 10.0
+_CHECK_ALIVE_EVERY_S = 1.0
 _SAY_PENDING_AFTER_S = 10.0
 _GIVE_UP_PENDING_AFTER_S = 60.0
 
@@ -147,6 +148,7 @@ class _Cluster:
         self._view = view
         self._shape: WorkerShape | None = None
         self._capacity: Capacity | None = None
+        self._check_at = 0.0
 
     @property
     def is_choosy(self) -> bool:
@@ -170,6 +172,19 @@ class _Cluster:
             if not self._capacity.fits(self._shape):
                 self._wait_for_nodes(self._capacity, self._shape)
         return self._shape
+
+    def check_alive(self, *, at_once: bool = False) -> None:
+        """Raise InterruptedRunError when the Ray of this machine has died: its actors would be
+        waited for in vain. An existing cluster may get a node again. Looks once a second."""
+        now = time.monotonic()
+        if self.is_local and (at_once or now >= self._check_at):
+            self._check_at = now + _CHECK_ALIVE_EVERY_S
+            if not ray_lives():
+                raise InterruptedRunError(
+                    "the Ray that this run started has died",
+                    "everything finished so far is kept; submit again to resume. Memory may have "
+                    "been short; Ray's own logs are in /tmp/ray",
+                )
 
     def num_neighbours(self) -> int:
         """How many workers may share one machine."""
@@ -242,7 +257,12 @@ class _Driver:
                 self._stop_gracefully()
                 break
             self._lock.check()
-            self._turn(self._the_fleet)
+            cluster.check_alive()
+            try:
+                self._turn(self._the_fleet)
+            except Exception:
+                cluster.check_alive(at_once=True)  # what failed may have failed for that
+                raise
         return self._end()
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ class Fleet:
     def stop(self, worker: str) -> None:
         """End a worker at once."""
         member = self._members.pop(worker, None)
-        if member is not None:
+        if member is not None and ray.is_initialized():  # else Ray died, and its actors with it
             ray.kill(member.actor, no_restart=True)
 
     def stop_all(self) -> None:

@@ -21,6 +21,7 @@ from batchrun.errors import ClusterError
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's floor is 75 MiB; results are a few hundred bytes each
 _REACH_S = 10.0
 _LABEL = "accelerator_type:"  # how Ray names an accelerator among a node's resources
+_RAY_SETTER = "set_sigterm_handler"  # Ray's function that replaces the handler of SIGTERM
 
 
 @contextlib.contextmanager
@@ -34,6 +35,7 @@ def ray_session(
     Raises :class:`ClusterError` when no cluster answers there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # nor a second Ray when the first dies
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a future warning
     import ray
 
@@ -69,7 +71,7 @@ def _connect(address: str | None, num_workers: int, runtime_env: Mapping[str, ob
         else:
             _check_reachable(address)
             ray.init(address=address, **common)
-    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises bare ones, when it starts too slowly for example
         if address is None:
             raise ClusterError(
                 f"Ray could not be started on this machine: {_first_line(error)}",
@@ -108,6 +110,16 @@ def read_capacity() -> Capacity:
     return Capacity(tuple(nodes))
 
 
+def ray_lives() -> bool:
+    """Whether this process is still connected, to a Ray with a node that is alive."""
+    import ray
+
+    try:
+        return ray.is_initialized() and bool(read_capacity().nodes)
+    except Exception:  # many kinds, after Ray's own time limits
+        return False
+
+
 def nodes_are_coming() -> bool:
     """Whether the cluster's autoscaler is starting nodes; False when nobody can say."""
     import ray
@@ -127,14 +139,27 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Put the process's own handlers back: ray.init and ray.shutdown replace SIGTERM's."""
+    """Keep the process's own signal handlers while Ray starts or stops.
+
+    ray.init replaces SIGTERM's in its first lines, by one that exits from wherever it is: a run
+    that was told to stop would end without a word, or, where the exit meets a callback, print a
+    traceback and go on. So Ray is kept from setting one; where it does all the same, the handlers
+    are put back at the end.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    from ray._private import utils
+
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    setter = getattr(utils, _RAY_SETTER, None)
+    if setter is not None:
+        setattr(utils, _RAY_SETTER, lambda handler: None)
     try:
         yield
     finally:
+        if setter is not None:
+            setattr(utils, _RAY_SETTER, setter)
         for number, handler in kept.items():
             if handler is not None:
                 signal.signal(number, handler)

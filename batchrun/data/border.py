@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ _ABSENT_CODES = frozenset({"NoSuchKey", "NoSuchVersion", "404"})
 _TRANSIENT_NAMES = frozenset(
     "HTTPClientError ConnectionError ClientError FSTimeoutError ResponseParserError".split()
 )
+# With colons, for fsspec's chains of filesystems; without slashes, which are of local paths.
+_SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _CREDENTIALS_HINT = (
     "credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE) or from the "
     "machine's role; check that they may do this here"
@@ -131,7 +134,7 @@ def translate(error: Exception, role: Role, url: str, *, early: bool = False) ->
     location (exit 2) and not a loss of storage in the middle of a run (exit 75).
     """
     lost: type[BatchrunError] = role.error if early else StorageError
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _text(error)
     match classify(error):
         case Fault.NO_BUCKET:
             return role.error(
@@ -158,6 +161,20 @@ def translate(error: Exception, role: Role, url: str, *, early: bool = False) ->
             return lost(f"{role}: {url} cannot be used ({text})", "check the location's settings")
 
 
+def _text(error: BaseException) -> str:
+    """What the library says, from the first error in the chain that says anything.
+
+    s3fs turns the service's answer into an error of Python that may say just ``None``.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        text = " ".join(str(current).split())
+        if text not in ("", "None"):
+            return text
+        current = current.__cause__ or current.__context__
+    return type(error).__name__
+
+
 @contextmanager
 def border(role: Role, url: str, *, early: bool = False) -> Iterator[None]:
     """Everything that a storage library raises inside becomes an error of this package."""
@@ -171,8 +188,8 @@ def border(role: Role, url: str, *, early: bool = False) -> Iterator[None]:
 
 def scheme_of(url: str) -> str:
     """The scheme of ``url``: ``s3``, ``gs``, ``https``; ``file`` for a plain path."""
-    head, separator, _ = url.partition("://")
-    return head.lower() if separator else "file"
+    found = _SCHEME.match(url)
+    return found[1].lower() if found else "file"
 
 
 def check_url(url: str, role: Role) -> None:
@@ -233,6 +250,9 @@ def filesystem(
         options["config_kwargs"] = {**defaults, **options.get("config_kwargs", {})}
     if scheme_of(url) in {"s3", "s3a", "gs", "gcs"}:
         options["use_listings_cache"] = False
+    if scheme_of(url) == "file":
+        # Not by URL: a double colon in a file's name would read as a chain of filesystems.
+        return fsspec.filesystem("file"), local_path(url)
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:

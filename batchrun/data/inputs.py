@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from batchrun.data.border import Role, border, filesystem, local_path, scheme_of
+from batchrun.data.border import Role, border, check_url, filesystem, local_path, scheme_of
 from batchrun.data.footers import InputFile, RowGroup, read_footer
 from batchrun.data.remote import fingerprint_of
 from batchrun.data.schema import InputColumns, InputSchema
@@ -89,6 +89,7 @@ def find_input(
 
     def read(item: _Found) -> InputFile | BatchrunError:
         try:
+            check_url(item.uri, Role.INPUT)
             return read_footer(item.fs, item.location, item.uri, names[item.uri], item.info)
         except BatchrunError as error:
             return error

@@ -7,7 +7,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -113,15 +113,18 @@ class LocalStore(Store):
 
     def probe(self) -> None:
         """See :meth:`Store.probe`. Folders that had to be made for it are removed again."""
-        if self.root.exists() and not self.root.is_dir():
-            raise OutputError(f"output: {self.root} is a file", "give the path of a folder")
-        made = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+        with border(Role.OUTPUT, str(self.root), early=True):
+            made = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+            above = made[-1].parent if made else self.root
+            if not above.is_dir():
+                raise OutputError(f"output: {above} is a file", "give the path of a folder")
         name = f"{_TEMPORARY}probe-{uuid.uuid4().hex}"
         try:
             with border(Role.OUTPUT, str(self.root), early=True):
                 self._probe_create(name)
         finally:
-            (self.root / name).unlink(missing_ok=True)
+            with suppress(OSError):  # what kept the probe from being made is what matters
+                (self.root / name).unlink(missing_ok=True)
             for folder in made:
                 try:
                     folder.rmdir()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -143,7 +144,7 @@ class ChatTemplate:
             # last message it may close the reasoning that it continues.
             is_model = message.role == "assistant"
             pattern = self._acted_on if is_model else self._acted_on_or_tags
-            content = pattern.sub(lambda m: m.group(1) + _SHIELD, message.content)
+            content = pattern.sub(lambda m: m.group() + _SHIELD, message.content)
             out.append({"role": message.role, "content": content})
         if self._has_switch:
             if not out or out[0]["role"] != "system":
@@ -198,8 +199,15 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 def _starts_of(words: Iterable[str]) -> re.Pattern[str]:
-    """The first character of any of the words; by lookahead, so that none overlapping is missed."""
-    return re.compile(f"(?={_any_of(words).pattern})(.)", re.DOTALL)
+    """The first character of any of the words; by lookahead, so that none overlapping is missed.
+
+    First characters stand outside, so that a search skips to where one of a thousand words may be.
+    """
+    rests: dict[str, list[str]] = defaultdict(list)
+    for word in words:
+        rests[word[0]].append(re.escape(word[1:]))
+    starts = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+    return re.compile("|".join(starts) or r"(?!)")
 
 
 def _tojson(value: object, indent: int | None = None) -> str:

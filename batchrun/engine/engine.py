@@ -23,6 +23,7 @@ from batchrun.engine.sequence import Sequence
 from batchrun.engine.thinking import ForcedClose, Thinking
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.engine.transcript import Transcript
+from batchrun.errors import RequestError
 from batchrun.model.checkpoint import expected_tensors
 from batchrun.model.config import ModelConfig, load_config
 from batchrun.model.hybrid import NemotronH
@@ -140,11 +141,16 @@ class Engine:
         """Load a checkpoint folder.
 
         :raises CheckpointError: the checkpoint cannot be used, or does not fit into memory.
+        :raises RequestError: the device asked for is not there.
         """
         started = time.monotonic()
         options = options or EngineOptions()
         config = load_config(folder)
         device, dtype = options.torch_device, options.torch_dtype
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RequestError(
+                f"device {options.device!r}: torch finds {torch.cuda.device_count()} GPUs here"
+            )
         weight_bytes = _weight_bytes(config, dtype.itemsize)
         is_small = device.type == "cpu" and weight_bytes < _SMALL_BYTES
         if options.deterministic or is_small:

@@ -74,7 +74,8 @@ class ModelRunner:
             sequence, start = chunk.sequence, chunk.sequence.num_context
             fed = sequence.tokens[start : start + chunk.num_tokens]
             if not sequence.is_in_prompt:
-                self._sampler.observe(sequence.slot or 0, fed)
+                # All of them now: what a chunk leaves of one token comes as a decode.
+                self._sampler.observe(sequence.slot or 0, sequence.tokens[start:])
             token_ids += fed
             context_lens.append(start)
             slots.append(sequence.slot or 0)

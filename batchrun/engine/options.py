@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value != "auto" and value not in _DTYPES:
                 raise RequestError(f"{name} must be auto, bfloat16 or float32, not {value!r}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+            raise RequestError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
         for name in ("max_model_len", "max_sequences", "max_batch_tokens", "num_threads"):
             value = getattr(self, name)
             if value is None and name != "max_batch_tokens":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from batchrun.errors import RequestError
@@ -51,9 +51,10 @@ class SamplingParams:
     answer_reserve: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         self._check_types()
         self._check_ranges()
 
@@ -94,6 +95,8 @@ class SamplingParams:
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop must hold texts that are not empty, not {text!r}")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise RequestError(f"stop holds lone surrogates, so {text!r} is not Unicode")
         for token_id in self.stop_token_ids or ():
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
                 raise RequestError(f"stop_token_ids must hold token ids, not {token_id!r}")
@@ -119,3 +122,12 @@ class SamplingParams:
         check(self.thinking_grace >= 0, "thinking_grace", "0 or more")
         reserve = self.answer_reserve
         check(reserve is None or reserve >= 0, "answer_reserve", "0 or more")
+
+
+def _as_tuple(name: str, value: object) -> tuple[object, ...]:
+    """The items of a list, or of None, which has none."""
+    if value is None:
+        return ()
+    if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} must be a list, not {value!r}")
+    return tuple(value)

@@ -175,6 +175,38 @@ def test_sigterm_ends_with_75_and_resumes(
     check_same(undisturbed, "stopped", package.run(raw, deterministic=True))
 
 
+def test_sigterm_while_ray_starts(
+    work: Work, batchrun: Callable[..., Command], cluster: str
+) -> None:
+    """A submit told to stop while its Ray is starting ends as any other time: exit code 75, a
+    line that says so, no traceback."""
+    work.write("a", sums(3))
+    command = batchrun("submit", work.job_file())
+    command.wait_until((work.folder / "out" / "_batchrun" / "lock.json").exists)
+    time.sleep(0.5)
+    command.process.send_signal(signal.SIGTERM)
+    code, out, err = command.end(timeout_s=60)
+    assert (code, out) == (75, "")
+    assert "submit again to resume" in err and "Traceback" not in err
+
+
+def test_death_of_the_own_ray(undisturbed: Work, batchrun: Callable[..., Command]) -> None:
+    """When the Ray that submit started dies under it, the run ends with exit code 75 and says so:
+    it does not wait for workers that can never come, nor start a second Ray."""
+    raw = disturbed_job(undisturbed, "rayless")
+    raw["generation"] = LONG | {"n": 50}
+    path = undisturbed.job_file("rayless", **{k: v for k, v in raw.items() if k != "output"})
+    command = batchrun("submit", path)
+    command.wait_until(lambda: bool(worker_pids(command.process.pid)))
+    raylet = next(
+        pid for pid, text in descendants(command.process.pid).items() if "/raylet " in text
+    )
+    os.kill(raylet, signal.SIGKILL)
+    code, out, err = command.end(timeout_s=60)
+    assert (code, out) == (75, "")
+    assert "the Ray that this run started has died" in err and "submit again to resume" in err
+
+
 class Scraper:
     """A view that reads the run's Prometheus endpoint each time it is shown progress."""
 

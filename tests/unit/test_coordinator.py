@@ -374,6 +374,21 @@ def test_a_worker_lost_with_a_shard_that_is_done_changes_nothing() -> None:
     assert ended(run) == (OutcomeKind.SUCCESS, 0)
 
 
+def test_a_shard_that_is_done_cannot_fail() -> None:
+    """Its second attempt could not read it any more; the published part counts."""
+    run = Run(2)
+    run.ready()
+    late = run.leases["3-1"][0]
+    run.lost("3-1", LossCause.NODE, node=False)
+    run.ready("3-2")
+    second = run.leases["3-2"].pop(0)
+    run.handle(LeaseDone("3-1", late.attempt, part(run.shards[0])))
+    run.handle(LeaseFailed("3-2", second.attempt, "gone"))
+    assert run.held("3-2") == [1]
+    run.done("3-2")
+    assert ended(run) == (OutcomeKind.SUCCESS, 0)
+
+
 def test_news_that_come_twice_or_from_strangers_change_nothing() -> None:
     """Facts may be repeated, late, or about what nobody knows."""
     run = Run(3)

@@ -140,6 +140,10 @@ def test_no_prompts_give_no_outputs(llm: LLM) -> None:
         ([1, "a"], "not both"),
         ([[1.5]], "expected a text or token ids"),
         ([{"text": "a"}], "needs a prompt or prompt_token_ids"),
+        (None, "prompts must be a list, not NoneType"),
+        (b"abc", "prompts must be a list, not bytes"),
+        (["ok", None], "prompt 1: expected a text or token ids, not NoneType"),
+        ([b"abc"], "prompt 0: expected a text or token ids, not bytes"),
     ],
 )
 def test_a_bad_prompt_is_named_and_nothing_is_left(llm: LLM, prompts: object, match: str) -> None:
@@ -155,6 +159,29 @@ def test_a_bad_conversation_is_named(llm: LLM) -> None:
         llm.chat([QUESTION, [{"role": "narrator", "content": "x"}]])
     with pytest.raises(RequestError, match="needs a role and a content"):
         llm.chat([{"role": "user"}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "match"),
+    [
+        ("What is 3+4?", "a list of messages, not str"),
+        (None, "a list of messages, not NoneType"),
+        (["What is 3+4?"], "chat takes messages, not str"),
+        ([["What is 3+4?"]], "needs a role and a content, both texts, not 'What is"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "parts of text only"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: object, match: str) -> None:
+    """As a ValueError that says what came instead; no part of a content is left out silently."""
+    with pytest.raises(ValueError, match=match):
+        llm.chat(messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [{"max_tokens": 3}], "greedy", 1])
+def test_sampling_params_of_another_type_are_refused(llm: LLM, params: object) -> None:
+    """As a ValueError, before anything runs."""
+    with pytest.raises(ValueError, match="must be a SamplingParams or a list of them"):
+        llm.generate(["a"], params)  # type: ignore[arg-type]
 
 
 def test_messages_in_other_forms(llm: LLM) -> None:
@@ -201,5 +228,7 @@ def test_models_that_are_not_there_and_options_that_are_not_known(tmp_path: Path
         LLM("tiny", quantization="int8")
     with pytest.raises(RequestError, match="kv_dtype"):
         LLM("tiny", kv_dtype="int8")
+    with pytest.raises(RequestError, match=r"cuda:99.* torch finds \d+ GPUs here"):
+        LLM("tiny", device="cuda:99")
     with pytest.raises(RequestError, match="max_sequences"):
         LLM("tiny", max_sequences="many")

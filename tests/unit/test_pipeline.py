@@ -15,7 +15,7 @@ from batchrun.data.shards import plan_shards
 from batchrun.data.writer import PartFile, PartFormat
 from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
-from batchrun.errors import StorageError
+from batchrun.errors import ShardError, StorageError
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource
 from batchrun.llm import find_checkpoint
@@ -296,6 +296,26 @@ def test_lost_storage_is_raised(setup: MakeSetup, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(StorageError, match="the bucket is away"):
         made.run()
     made.pipeline.close()
+
+
+def test_a_foreign_object_in_a_parts_place_fails_its_lease_alone(
+    setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody else put there stays, its shard fails with the reason, the others go on."""
+    made = setup([sums(3), sums(3, 10)])
+    publish = made.publish
+
+    def refuse_first(part_file: PartFile, lease: Lease) -> Part:
+        if lease.shard.number == 0:
+            raise ShardError("part-0 is not ours", "move it away")
+        return publish(part_file, lease)
+
+    monkeypatch.setattr(made.pipeline, "_publish", refuse_first)
+    reports = made.run()
+    assert [(f.lease.shard.number, f.message) for r in reports for f in r.failed] == [
+        (0, "part-0 is not ours (move it away)")
+    ]
+    assert [d.part.shard for r in reports for d in r.done] == [1]
 
 
 def test_finish_publishes_what_is_complete(setup: MakeSetup) -> None:

@@ -116,17 +116,22 @@ class PlainOps:
         Bc = to_chunks(B).transpose(1, 2)  # [c, g, q, n]
         Cc = to_chunks(C).transpose(1, 2)  # [c, g, q, n]
         # a_l: the log of the decay from the start of the chunk to after its token l.
-        a = (to_chunks(dt) * A).transpose(1, 2).cumsum(-1)  # [c, h, q]
+        # What counts are its differences: after a large step float32 alone would lose small ones,
+        # so it is a + a_rest.
+        exact = (to_chunks(dt) * A).transpose(1, 2).double().cumsum(-1)  # [c, h, q]
+        a = exact.float()
+        a_rest = (exact - a).float()
 
         # 1. Inside: y_l += sum_{s <= l} (C_l . B_s) exp(a_l - a_s) dt_s x_s
         # Above the diagonal exp would overflow: there the exponent is cut and the score zero.
         scores = (Cc @ Bc.transpose(-1, -2)).tril_()  # [c, g, q, q]
-        decay = (a[..., :, None] - a[..., None, :]).clamp_(max=0).exp_()  # [c, h, q, q]
+        decay = a[..., :, None] - a[..., None, :]  # [c, h, q, q]
+        decay.add_(a_rest[..., :, None]).sub_(a_rest[..., None, :]).clamp_(max=0).exp_()
         decay.view(c, num_groups, per_group, q, q).mul_(scores[:, :, None])
         y = decay @ xc  # [c, h, q, p]
 
         # 2. What each chunk adds to the state: sum_s exp(a_last - a_s) dt_s x_s (outer) B_s
-        to_end = (a[..., -1:] - a).exp()[..., None]  # [c, h, q, 1]
+        to_end = (exact[..., -1:] - exact).float().exp()[..., None]  # [c, h, q, 1]
         rows = (xc * to_end).transpose(-1, -2)  # [c, h, p, q]
         added = rows.reshape(c, num_groups, -1, q) @ Bc  # [c, g, h/g * p, n]
         added = added.view(c, num_heads, head_dim, state_size)

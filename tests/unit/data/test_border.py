@@ -126,3 +126,11 @@ def test_relative_paths_and_home_work_for_inputs(tmp_path: Path) -> None:
     """A plain path is a local one."""
     fs, path = filesystem(str(tmp_path), None, Role.INPUT)
     assert fs.isdir(path)
+
+
+def test_an_error_that_says_none_is_told_by_its_cause() -> None:
+    """s3fs raises PermissionError(None); the message still says what the service answered."""
+    error = PermissionError(None)
+    error.__cause__ = RuntimeError("SignatureDoesNotMatch")
+    told = translate(error, Role.OUTPUT, "s3://bucket/x", early=True)
+    assert told.message == "output: access to s3://bucket/x is denied (SignatureDoesNotMatch)"

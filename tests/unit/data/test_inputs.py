@@ -7,11 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from batchrun.data.inputs import find_input, list_input
+from batchrun.data.inputs import InputColumns, find_input, list_input
 from batchrun.data.store import Store
 from batchrun.errors import InputError
 from tests.conftest import S3Server
-from tests.unit.data.parquet import prompts, write
+from tests.unit.data.parquet import planned, prompts, read_all, write
 
 
 def names(paths: object, options: object = None) -> list[str]:
@@ -70,6 +70,25 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
     write(tmp_path / "data[1].parquet", prompts(1))
     write(tmp_path / "data1.parquet", prompts(1))
     assert names(str(tmp_path / "data[1].parquet")) == ["data[1].parquet"]
+
+
+def test_names_that_read_like_urls_are_names(tmp_path: Path) -> None:
+    """Colons, blanks, percent signs and question marks in names of local files mean nothing."""
+    odd = ["a::b.parquet", "a b%20?#.parquet", "x:", "ü😀.parquet"]
+    for name in odd:
+        write(tmp_path / (f"{name}/y.parquet" if name == "x:" else name), prompts(2))
+    assert names(str(tmp_path)) == ["a b%20?#.parquet", "a::b.parquet", "x:/y.parquet", odd[3]]
+    assert names(f"{tmp_path}/x://y.parquet") == ["y.parquet"]
+    shards, schema, _ = planned(tmp_path, InputColumns(prompt="prompt"))
+    assert [len(read_all(shard, schema)[0]) for shard in shards] == [2] * 4
+
+
+def test_a_name_with_control_characters_is_told(tmp_path: Path) -> None:
+    """Before the run, not by a worker in the middle of it; the message shows no raw character."""
+    write(tmp_path / "a\x1b[31m\n.parquet", prompts(1))
+    with pytest.raises(InputError, match="control characters") as caught:
+        list_input(str(tmp_path))
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_file_needs_no_suffix(tmp_path: Path) -> None:

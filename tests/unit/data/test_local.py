@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -72,10 +73,11 @@ def test_a_disk_without_hard_links_is_refused_by_the_probe(
 
 
 def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
-    """An output that is a file is an error that says so."""
+    """An output that is a file, or lies below one, is an error that names the file."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is a file"):
-        LocalStore(str(tmp_path / "file")).probe()
+    for place in ("file", "file/out", "file/deep/out"):
+        with pytest.raises(OutputError, match=f"{re.escape(str(tmp_path))}/file is a file"):
+            LocalStore(str(tmp_path / place)).probe()
 
 
 @pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs /proc as a read-only place")

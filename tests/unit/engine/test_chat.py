@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from random import Random
 
@@ -196,3 +197,33 @@ def test_no_template_and_a_broken_one_are_checkpoint_errors(tmp_path: Path) -> N
     (tmp_path / "chat_template.jinja").write_text("a\n{% if %}")
     with pytest.raises(CheckpointError, match="line 2"):
         ChatTemplate.load(tmp_path, TOKENIZER)
+
+
+def with_special_tokens(*contents: str) -> ChatTemplate:
+    """A template that is the first message, with more special tokens than the tiny model has."""
+    definition = json.loads((TINY / "tokenizer.json").read_text())
+    like = definition["added_tokens"][-1]
+    definition["added_tokens"] += [
+        {**like, "id": 400 + i, "content": content} for i, content in enumerate(contents)
+    ]
+    return ChatTemplate("{{ messages[0].content }}", Tokenizer(definition, bos_id=1), names={})
+
+
+def test_special_tokens_of_one_character_and_in_one_another_stay_text() -> None:
+    """However special tokens overlap, a text that holds them is plain."""
+    chat = with_special_tokens("~", "~a", "a~a", "a~")
+    text = "a~a~aa~~a"
+    ids = chat.encode(user(text), reasoning=True).token_ids
+    assert list(ids) == [1, *TOKENIZER.encode_plain(text)]
+
+
+def test_many_special_tokens_cost_a_long_text_little() -> None:
+    """The published vocabulary has a thousand: looking for them takes less than tokenising."""
+    chat = with_special_tokens(*(f"<SPECIAL_{i}>" for i in range(100, 1000)))
+    text = "The quick brown fox: 3 < 4 and a/b. " * 5000
+    started = time.process_time()
+    plain = TOKENIZER.encode_plain(text)
+    halfway = time.process_time()
+    ids = chat.encode(user(text), reasoning=True).token_ids
+    assert list(ids) == [1, *plain]
+    assert time.process_time() - halfway < 4 * (halfway - started)

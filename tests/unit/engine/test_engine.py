@@ -110,12 +110,15 @@ def test_the_text_is_that_of_the_tokens(engine: Engine) -> None:
             assert output.text == engine.tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("place", [1, -1])
+@pytest.mark.parametrize("max_batch_tokens", [1, 6, 48])
 def test_forced_tokens_count_for_the_repetition_penalty(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, max_batch_tokens: int, place: int
 ) -> None:
-    """They are output like any other."""
+    """They are output like any other, in however many steps they are run."""
+    engine = make_engine(random_folder, max_sequences=1, max_batch_tokens=max_batch_tokens)
     assert engine.tokenizer is not None
-    forced = engine.tokenizer.encode_plain("\n</think>\n\n")[1]
+    forced = engine.tokenizer.encode_plain("\n</think>\n\n")[place]
     model = engine.runner.model
 
     def fixed(batch: object, state: object) -> torch.Tensor:

@@ -34,6 +34,9 @@ def test_free_memory_is_a_part_of_the_machines() -> None:
         ("max_sequences", True),
         ("max_batch_tokens", None),
         ("num_threads", 0),
+        ("device", "gpu"),
+        ("device", "meta"),
+        ("device", None),
     ],
 )
 def test_a_bad_option_is_named(name: str, value: object) -> None:

@@ -49,7 +49,11 @@ def test_stop_may_be_one_text_or_several() -> None:
         ("seed", 1.5),
         ("stop", [""]),
         ("stop", [3]),
+        ("stop", 3),
+        ("stop", {"END": 1}),
+        ("stop", "\ud800"),
         ("stop_token_ids", ["x"]),
+        ("stop_token_ids", 2),
         ("ignore_eos", 1),
     ],
 )

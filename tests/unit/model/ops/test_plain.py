@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,9 +29,12 @@ PREFILLS = [
 ]
 
 
-def lay_out_prefill(lens: tuple[int, ...], contexts: tuple[int, ...]) -> PrefillLayout:
+def lay_out_prefill(
+    lens: tuple[int, ...], contexts: tuple[int, ...], chunk_size: int = SMALL.chunk_size
+) -> PrefillLayout:
     """The layout of prefills in slots that are neither sorted nor neighbours."""
-    layout = lay_out(make_batch((), lens, contexts), SMALL, 4).prefill
+    config = replace(SMALL, chunk_size=chunk_size)
+    layout = lay_out(make_batch((), lens, contexts), config, 4).prefill
     assert layout is not None
     return layout
 
@@ -103,6 +107,20 @@ def test_ssd_scan_with_extreme_time_steps(draw: Callable[..., Tensor]) -> None:
     for token in range(24):
         expected, S = recurrence(inputs, token, S)
         torch.testing.assert_close(y[token].double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_ssd_scan_keeps_small_time_steps_after_large_ones(draw: Callable[..., Tensor]) -> None:
+    """A token that forgets everything takes no precision from those after it in its chunk."""
+    layout = lay_out_prefill((40,), (0,), chunk_size=64)
+    inputs = ssm_inputs(40, draw)
+    inputs["dt"][2:8] = 300.0
+    inputs["dt"][8:] = -2.0
+    y = OPS.ssd_scan(**inputs, state=torch.zeros(12, 6, 10, 12), layout=layout)
+    S = torch.zeros(6, 10, 12, dtype=torch.double)
+    for token in range(40):
+        expected, S = recurrence(inputs, token, S)
+        if token >= 8:
+            torch.testing.assert_close(y[token].double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_ssm_update(draw: Callable[..., Tensor]) -> None:
