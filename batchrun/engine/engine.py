@@ -32,7 +32,7 @@ from batchrun.records import ErrorKind, FinishReason, RowError
 
 _SMALL_BYTES = 64 << 20
 """Weights of a model that one thread runs best."""
-_PATIENCE = 2
+_PATIENCE = 4
 """How often the whole engine may be filled with later requests before an earlier one."""
 
 
@@ -282,6 +282,10 @@ class Engine:
             sum(s.transcript.num_sampled for s in sequences),
             sum(s.transcript.max_tokens for s in sequences),
         )
+
+    def is_running(self, key: Hashable) -> bool:
+        """Whether a sample of a key has its slot."""
+        return any(s.slot is not None for s in self._sequences.get(key, {}).values())
 
     def step(self) -> list[Output]:
         """Schedule, run, sample; the outputs of the sequences that ended."""

@@ -23,8 +23,9 @@ class MemoryRequest:
     ``memory_bytes`` is for everything: weights, activations, state. ``num_forced`` tokens a
     sequence may be added beyond its length. ``max_model_len`` None asks for the checkpoint's, as
     far as one sequence fits; ``max_sequences`` None for what fits, up to ``most_sequences``.
-    ``most_snapshots`` of shared prompt beginnings are kept at most, fewer where there are few
-    sequences, none where one would cost length or more than its own share of sequences.
+    ``most_snapshots`` of shared prompt beginnings are kept at most, one for every 16
+    sequences but at least one, and fewer where they would cost length or more than one in 16 of
+    the sequences.
     """
 
     memory_bytes: int
@@ -79,11 +80,9 @@ def plan_memory(config: ModelConfig, request: MemoryRequest) -> MemoryPlan:
             plan = _divide(config, request, num_snapshots)
         except CheckpointError:
             continue
-        lost = 0 if request.max_sequences is not None else num_snapshots
-        if (
-            plan.max_model_len == plain.max_model_len
-            and plan.max_sequences >= plain.max_sequences - lost
-        ):
+        lost = plain.max_sequences - plan.max_sequences
+        is_cheap = lost <= plain.max_sequences // _SEQUENCES_PER_SNAPSHOT
+        if is_cheap and plan.max_model_len == plain.max_model_len:
             return plan
     return plain
 
