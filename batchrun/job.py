@@ -280,6 +280,19 @@ class Metrics(Section):
     """null is off, 0 any free port."""
 
 
+class Evaluate(Section):
+    """Whether answers are right, row by row."""
+
+    answer_column: Text
+    """Column with the expected answer: text, a number, a boolean, or a list: any of it is right."""
+    scorer: Literal["exact", "number", "choice", "regex", "math"]
+    """How a completion is compared with it."""
+    pattern: Text | None = None
+    """For the scorer regex: its first group (or all of it) in the last match is the answer."""
+    choices: Names = ()
+    """For the scorer choice: the options; none are the letters A to Z."""
+
+
 class Job(Section):
     """A model, an input, how to generate, an output."""
 
@@ -305,8 +318,8 @@ class Job(Section):
     """The cluster."""
     metrics: Metrics = Field(default_factory=Metrics)
     """The Prometheus endpoint."""
-    evaluate: dict[str, Any] | None = None
-    """{answer_column: …, scorer: exact | number | choice | regex | math}."""
+    evaluate: Evaluate | None = None
+    """Whether answers are right; null is not to ask."""
     schedule: Text | None = None
     """Cron expression for `batchrun schedule`."""
 
@@ -315,11 +328,14 @@ class Job(Section):
         run. Where the input lies and how the work is spread are not part of it; the input's bytes
         are pinned shard by shard instead."""
         rows = self.input.model_dump(mode="json", exclude={"path", "storage_options"})
-        return {
+        content: dict[str, object] = {
             "model": self.model.model_dump(mode="json"),
             "input": rows,
             "generation": self.generation.model_dump(mode="json"),
         }
+        if self.evaluate is not None:
+            content["evaluate"] = self.evaluate.model_dump(mode="json")
+        return content
 
     @property
     def model_storage_options(self) -> dict[str, object]:

@@ -56,7 +56,8 @@ def _mend(key: KeyPath, value: object, schema: Mapping[str, Any]) -> str:
         if "array" in kinds:
             return f"write a list: {name}: [{quoted(value)[1:-1]}]"
     if isinstance(value, bool | int | float) and "string" in kinds:
-        return f'write it in quotes: {name}: "{shown(value)}"'
+        at = "" if isinstance(key[-1], int) else f"{name}: "
+        return f'write it in quotes: {at}"{shown(value)}"'
     if "properties" in schema:
         return f"put its keys below it, indented: {', '.join(list(schema['properties'])[:3])}, …"
     if schema.get("default") is not None:
@@ -109,7 +110,8 @@ def repair(raw: dict[str, Any], key: KeyPath) -> None:
     Below ``section.key`` the whole value goes. A path that the schema requires gets a stand-in.
     """
     section = raw.get(str(key[0])) if key else None
-    if len(key) > 1 and isinstance(section, dict):
+    # An optional section that has required keys means nothing without them: it goes as a whole.
+    if len(key) > 1 and isinstance(section, dict) and key[0] != "evaluate":
         section.pop(key[1], None)
     elif key:
         raw.pop(str(key[0]), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,7 @@ def violations(job: Values) -> Iterator[Violation]:
     yield from _tokens(job)
     yield from _resources(job)
     yield from _output_place(job)
+    yield from _evaluate(job)
 
 
 def _not_built_yet(job: Values) -> Iterator[Violation]:
@@ -88,8 +90,6 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
         yield absent("generation.response_format", "constrained output", "delete the key")
     if generation["tools"]:
         yield absent("generation.tools", "tool calling", "delete the key")
-    if job["evaluate"] is not None:
-        yield absent("evaluate", "scoring of answers", "delete the key")
     if job["schedule"] is not None:
         yield absent("schedule", "scheduling", "delete the key, and submit from cron")
     if job["errors"]["canary_rows"]:
@@ -223,9 +223,42 @@ def _relation(output: str, written: str) -> str:
     return "lies inside the input"
 
 
+def _evaluate(job: Values) -> Iterator[Violation]:
+    evaluate = job["evaluate"]
+    if evaluate is None:
+        return
+    scorer, pattern, choices = evaluate["scorer"], evaluate["pattern"], evaluate["choices"]
+    if scorer == "regex" and pattern is None:
+        hint = r"give it, for example pattern: 'Answer: (\w+)'"
+        yield Violation(("evaluate", "pattern"), "is missing: the scorer regex needs it", hint)
+    if scorer != "regex" and pattern is not None:
+        message = f"is for the scorer regex, not for {scorer}"
+        yield Violation(("evaluate", "pattern"), message, "delete it, or write scorer: regex")
+    if pattern is not None:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            hint = "see the documentation of Python's module re; put the pattern in single quotes"
+            yield Violation(("evaluate", "pattern"), f"is no regular expression: {error}", hint)
+    if scorer != "choice" and choices:
+        message = f"is for the scorer choice, not for {scorer}"
+        yield Violation(("evaluate", "choices"), message, "delete it, or write scorer: choice")
+    seen: set[str] = set()
+    for index, choice in enumerate(choices):
+        plain = unicodedata.normalize("NFC", choice).strip().casefold()
+        if not plain:
+            hint = "delete it, or write its text"
+            yield Violation(("evaluate", "choices", index), "is nothing but white space", hint)
+        elif plain in seen:
+            message = f"is an option already (case does not matter): {quoted(choice)}"
+            yield Violation(("evaluate", "choices", index), message, "delete one of them")
+        seen.add(plain)
+
+
 def secrets(raw: object, key: tuple[str | int, ...] = ()) -> Iterator[Violation]:
     """Credentials that stand in the job's values. Their text is not repeated."""
-    if key in (("input", "template"), ("input", "system")) or key[:1] == ("generation",):
+    texts = (("input", "template"), ("input", "system"), ("evaluate", "pattern"))
+    if key in texts or key[:1] == ("generation",):
         return
     match raw:
         case Mapping():

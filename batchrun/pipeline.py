@@ -5,7 +5,8 @@
    a sequence that ends is replaced at the next step; rows of the next lease follow those of the
    one before without a gap. Short rows are read further ahead, so that the engine can begin with
    the longest.
-3. Finished samples go to the lease's part writer, which puts them into input order.
+3. Finished samples are scored where the job asks for it, and go to the lease's part writer,
+   which puts them into input order.
 4. A lease that has all its rows is published in a thread, while the engine goes on.
 
 A bad row is a completion with an error. An unreadable shard is a failed lease. Anything else that
@@ -19,7 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from batchrun.data.reader import ShardReader
@@ -30,7 +31,9 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request
 from batchrun.errors import CheckpointError, RequestError, ShardError
+from batchrun.evaluate import ScoreSpec
 from batchrun.job import Job
+from batchrun.judge import Judge
 from batchrun.metrics import (
     BUDGET_HITS,
     KV_PAGES_TOTAL,
@@ -46,7 +49,18 @@ from batchrun.metrics import (
     Recorder,
 )
 from batchrun.prompts import PromptBuilder
-from batchrun.records import Completion, Counts, ErrorKind, FinishReason, Lease, Part, Row, RowError
+from batchrun.records import (
+    Completion,
+    Counts,
+    ErrorKind,
+    FinishReason,
+    Lease,
+    Part,
+    Row,
+    RowError,
+    row_scores,
+)
+from batchrun.scores import Scores, Verdict
 
 MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
@@ -129,11 +143,17 @@ class _OpenRow:
 
     owner: _OpenLease
     row: Row
-    missing: set[int]
+    missing: set[int]  # samples that the engine owes
     added_at: float
     started_at: float | None = None  # when a sample was first seen to have a slot
     queued_s: float | None = None
-    failed: bool = False
+    prefix_tokens: dict[int, int] = field(default_factory=dict)  # of samples
+    num_scoring: int = 0  # samples that wait for their verdict
+    finished: list[Completion] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.missing and not self.num_scoring
 
 
 class Pipeline:
@@ -168,6 +188,13 @@ class Pipeline:
         self.draining = False
         """Set to finish the leases at hand and ask for no more."""
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._judge: Judge | None = None
+        if job.evaluate is not None:
+            evaluate = job.evaluate
+            self._judge = Judge(ScoreSpec(evaluate.scorer, evaluate.pattern, evaluate.choices))
+        # Scorers that may take long do so beside the engine.
+        self._scorer = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._scoring: dict[Future[Verdict], tuple[_OpenRow, Completion]] = {}
         self._window = max(
             engine.max_sequences + 1, math.ceil(_WINDOW * engine.max_sequences), part_format.n
         )
@@ -192,8 +219,10 @@ class Pipeline:
             if self._engine.num_unfinished:
                 self._step()
             self._expire()
+            self._take_verdicts(0.0 if self._can_go_on else max(0.0, until - self._clock()))
             self._start_publishing()
-            timeout_s = 0.0 if self._busy else max(0.0, until - self._clock())
+            waits = not self._busy and not self._scoring
+            timeout_s = max(0.0, until - self._clock()) if waits else 0.0
             self._published(timeout_s, done, failed)
             if done or failed or not self._leases or self._clock() >= until:
                 break
@@ -234,6 +263,10 @@ class Pipeline:
             self._engine.abort(key)
         self._rows.clear()
         self._publisher.shutdown(wait=False, cancel_futures=True)
+        self._scorer.shutdown(wait=False, cancel_futures=True)
+        self._scoring.clear()
+        if self._judge is not None:
+            self._judge.close()
         for item in self._leases:
             item.close()
         self._leases.clear()
@@ -242,6 +275,14 @@ class Pipeline:
     def _busy(self) -> bool:
         """Whether there is something to do other than waiting for storage."""
         return bool(self._engine.num_unfinished) or any(not item.at_end for item in self._leases)
+
+    @property
+    def _can_go_on(self) -> bool:
+        """Whether there is something to do while scores are awaited."""
+        rows_left = any(not item.at_end for item in self._leases)
+        return bool(self._engine.num_unfinished) or (
+            rows_left and len(self._scoring) <= self._window
+        )
 
     @property
     def _num_in_engine(self) -> int:
@@ -259,6 +300,8 @@ class Pipeline:
         """Whether another row may enter the engine: while it could run dry, and beyond that as
         long as memory stays small."""
         num_requests = self._num_in_engine + self._format.n
+        if len(self._scoring) > self._window:
+            return False
         if num_requests <= self._window:
             return True
         return (
@@ -291,9 +334,13 @@ class Pipeline:
         """One row into the engine, or straight to the part when it cannot run."""
         requests = self._requests(item.lease, row)
         if isinstance(requests, RowError):
-            for sample in range(self._format.n):
-                item.writer.add(_failed(row, sample, requests))
-            item.counts += Counts(rows=1, failed_rows=1)
+            failed = [
+                self._scored(_failed(row, sample, requests), row.answer)
+                for sample in range(self._format.n)
+            ]
+            for completion in failed:
+                item.writer.add(completion)
+            item.counts += Counts(rows=1, failed_rows=1, scores=self._scores(failed))
             return
         key = (item.lease.attempt, row.ordinal)
         missing = {request.sample for request in requests}
@@ -345,26 +392,58 @@ class Pipeline:
         queued_s = output.timings.queued_s
         if open_row.queued_s is None or queued_s < open_row.queued_s:
             open_row.queued_s = queued_s
-        self._record(open_row, _completion(open_row.row, output), output.prefix_tokens)
+        open_row.prefix_tokens[output.sample] = output.prefix_tokens
+        completion = _completion(open_row.row, output)
+        if self._judge is None or self._judge.is_quick or completion.completion is None:
+            self._record(open_row, completion)
+            return
+        open_row.num_scoring += 1
+        future = self._scorer.submit(self._judge.judge, completion.completion, open_row.row.answer)
+        self._scoring[future] = (open_row, completion)
 
-    def _record(self, open_row: _OpenRow, completion: Completion, prefix_tokens: int = 0) -> None:
-        """A finished sample; ``prefix_tokens`` of its prompt did not have to be computed."""
+    def _take_verdicts(self, timeout_s: float) -> None:
+        """Samples whose verdict is there go on; waits so long for one to come."""
+        if not self._scoring:
+            return
+        ready, _ = wait(self._scoring, timeout=timeout_s, return_when=FIRST_COMPLETED)
+        for future in [item for item in self._scoring if item in ready]:
+            open_row, completion = self._scoring.pop(future)
+            key = (open_row.owner.lease.attempt, open_row.row.ordinal)
+            if self._rows.get(key) is not open_row:
+                continue  # its lease was given up
+            open_row.num_scoring -= 1
+            self._record(open_row, replace(completion, verdict=future.result()))
+
+    def _scored(self, completion: Completion, answer: object) -> Completion:
+        """The completion with its verdict, where the job asks for one and it takes no time."""
+        if self._judge is None or completion.verdict is not None:
+            return completion
+        return replace(completion, verdict=self._judge.judge(completion.completion, answer))
+
+    def _scores(self, samples: list[Completion]) -> Scores | None:
+        return None if self._judge is None else row_scores(samples)
+
+    def _record(self, open_row: _OpenRow, completion: Completion) -> None:
         owner = open_row.owner
+        completion = self._scored(completion, open_row.row.answer)
         owner.writer.add(completion)
-        open_row.failed = open_row.failed or completion.error is not None
+        open_row.finished.append(completion)
         owner.counts += Counts(
             prompt_tokens=completion.prompt_tokens,
             reasoning_tokens=completion.reasoning_tokens,
             completion_tokens=completion.completion_tokens,
             thinking_budget_hits=int(completion.thinking_budget_hit),
         )
+        prefix_tokens = open_row.prefix_tokens.get(completion.sample, 0)
         self._recorder.add(TOKENS, completion.prompt_tokens - prefix_tokens, kind="prompt")
         self._recorder.add(TOKENS, prefix_tokens, kind="prefix_cached")
         self._recorder.add(TOKENS, completion.reasoning_tokens, kind="reasoning")
         self._recorder.add(TOKENS, completion.completion_tokens, kind="completion")
         self._recorder.add(BUDGET_HITS, int(completion.thinking_budget_hit))
-        if not open_row.missing:
-            owner.counts += Counts(rows=1, failed_rows=int(open_row.failed))
+        if open_row.is_done:
+            samples = sorted(open_row.finished, key=lambda item: item.sample)
+            failed = any(item.error is not None for item in samples)
+            owner.counts += Counts(rows=1, failed_rows=int(failed), scores=self._scores(samples))
             self._rows.pop((owner.lease.attempt, open_row.row.ordinal), None)
             seconds = self._clock() - open_row.added_at - (open_row.queued_s or 0.0)
             self._recorder.observe(ROW_SECONDS, max(0.0, seconds))
@@ -388,10 +467,10 @@ class Pipeline:
         now = self._clock()
         late: list[tuple[_RowKey, _OpenRow]] = []
         for key, open_row in self._rows.items():
-            if open_row.started_at is not None and now - open_row.started_at > limit:
+            if open_row.started_at is None:
+                open_row.started_at = now if self._engine.is_running(key) else None
+            elif open_row.missing and now - open_row.started_at > limit:
                 late.append((key, open_row))
-            elif open_row.started_at is None and self._engine.is_running(key):
-                open_row.started_at = now
         for key, open_row in late:
             self._engine.abort(key)
             error = RowError(ErrorKind.TIMEOUT, f"not finished within {limit:g} s")

@@ -17,6 +17,7 @@ from batchrun.data.footers import InputFile
 from batchrun.data.inputs import find_input
 from batchrun.data.schema import InputColumns, InputSchema
 from batchrun.data.store import Store
+from batchrun.data.types import answer_kind
 from batchrun.engine.chat import ChatTemplate, PromptError
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.errors import (
@@ -27,6 +28,7 @@ from batchrun.errors import (
     Problem,
     StorageError,
 )
+from batchrun.evaluate import INSTALL_MATH, ScoreSpec, missing_library
 from batchrun.job import Job
 from batchrun.jobfile import JobSource, KeyPath
 from batchrun.model.checkpoint import check_checkpoint, expected_tensors
@@ -97,7 +99,8 @@ class _Inspector:
         self.num_unreachable = 0
 
     def check_input(self) -> None:
-        """Files, columns and the template."""
+        """Files, columns and the template, and what scoring needs."""
+        self._check_scorer()
         template = self.job.input.template
         if template is not None:
             try:
@@ -131,12 +134,33 @@ class _Inspector:
 
     def _check_columns(self, files: list[InputFile]) -> None:
         for key, columns in self._columns_by_key():
-            for error in InputSchema.check(files, columns)[1]:
+            schema, errors = InputSchema.check(files, columns)
+            for error in errors:
                 self._add_error(key, error)
+            if columns.answer is not None and not errors:
+                self._check_answers(schema)
         if not self.problems:
             # Each key's columns are fine alone; they must be so together too.
             for error in InputSchema.check(files, input_columns(self.job))[1]:
                 self._add_error(("input",), error)
+
+    def _check_answers(self, schema: InputSchema) -> None:
+        evaluate = self.job.evaluate
+        assert evaluate is not None
+        kind = schema.schema.field(evaluate.answer_column).type
+        if evaluate.scorer in ("number", "math") and answer_kind(kind) == "switch":
+            self._add(
+                ("evaluate", "answer_column"),
+                f"column {evaluate.answer_column!r} is {kind}, which the scorer "
+                f"{evaluate.scorer} cannot compare",
+                "write scorer: exact or choice, or name a column of numbers or texts",
+            )
+
+    def _check_scorer(self) -> None:
+        """The library that the scorer needs."""
+        evaluate = self.job.evaluate
+        if evaluate is not None and (missing := missing_library(ScoreSpec(evaluate.scorer))):
+            self._add(("evaluate", "scorer"), f"is {evaluate.scorer}, but {missing}", INSTALL_MATH)
 
     def _columns_by_key(self) -> Iterator[tuple[KeyPath, InputColumns]]:
         rows = self.job.input
@@ -156,6 +180,9 @@ class _Inspector:
             yield ("input", "overrides", index), InputColumns(overrides=(name,))
         for index, carried in enumerate(rows.columns):
             yield ("input", "columns", index), InputColumns(carried=(carried,))
+        if self.job.evaluate is not None:
+            answer = self.job.evaluate.answer_column
+            yield ("evaluate", "answer_column"), InputColumns(answer=answer)
 
     def check_checkpoint(self) -> None:
         """Config, headers of the weights, tokenizer, chat template, lengths."""

@@ -61,6 +61,7 @@ def input_columns(job: Job) -> InputColumns:
         template=template_columns(rows.template) if rows.template is not None else (),
         overrides=rows.overrides,
         carried=rows.columns,
+        answer=job.evaluate.answer_column if job.evaluate is not None else None,
     )
 
 

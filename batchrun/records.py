@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
+
+from batchrun.scores import Scores, Verdict
 
 
 class FinishReason(StrEnum):
@@ -87,6 +90,7 @@ class Row:
 
     ``values`` holds the columns that the prompt and the overrides need, as Python values. A
     record that cannot be read has ``error`` set, and then ``values`` are not to be used.
+    ``answer`` is the expected answer where the job asks for scores; None if there is none.
     """
 
     ordinal: int
@@ -94,6 +98,7 @@ class Row:
     id: str
     values: Mapping[str, object]
     error: RowError | None = None
+    answer: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,8 @@ class Completion:
     """One finished sample of one row, as it goes to the journal and to the output.
 
     Token counts are those of the output's columns; ``error`` is set exactly when
-    ``finish_reason`` is ``error``, and then both texts are null.
+    ``finish_reason`` is ``error``, and then both texts are null. ``verdict`` is there exactly
+    when the job asks for scores.
     """
 
     ordinal: int
@@ -116,12 +122,14 @@ class Completion:
     thinking_budget_hit: bool = False
     error: str | None = None
     logprobs: tuple[float | None, ...] | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """Sums over rows and samples. ``rows`` counts input rows, ``failed_rows`` those among them
-    of which a sample has an error; tokens are sums over samples."""
+    of which a sample has an error; tokens are sums over samples. ``scores`` is there when the job
+    asks for them and a row has been scored."""
 
     rows: int = 0
     failed_rows: int = 0
@@ -129,6 +137,16 @@ class Counts:
     reasoning_tokens: int = 0
     completion_tokens: int = 0
     thinking_budget_hits: int = 0
+    scores: Scores | None = None
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Counts:
+        """What ``dataclasses.asdict`` gave, in this version or an earlier one.
+
+        Raises TypeError for anything else.
+        """
+        scores = raw.get("scores")
+        return cls(**{**raw, "scores": None if scores is None else Scores.from_json(scores)})
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -138,7 +156,19 @@ class Counts:
             self.reasoning_tokens + other.reasoning_tokens,
             self.completion_tokens + other.completion_tokens,
             self.thinking_budget_hits + other.thinking_budget_hits,
+            _both(self.scores, other.scores),
         )
+
+
+def row_scores(samples: Sequence[Completion]) -> Scores:
+    """The scores of one row from all its samples, in their order."""
+    return Scores.of_row([sample.verdict or Verdict(None) for sample in samples])
+
+
+def _both(first: Scores | None, second: Scores | None) -> Scores | None:
+    if first is None or second is None:
+        return first or second
+    return first + second
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
     python scripts/show_answers.py out/demo
 
 OUTPUT is read as any Parquet dataset is; its columns ``prompt`` and ``answer`` are those of the
-input, carried through by ``input.columns``. An answer is right when the completion equals it.
+input, carried through by ``input.columns``. Whether an answer is right says the column
+``correct``, which the run wrote because its job has ``evaluate``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pyarrow.dataset as ds
 
 COLUMNS = [
     "id", "prompt", "answer", "completion", "reasoning", "finish_reason",
-    "reasoning_tokens", "completion_tokens", "thinking_budget_hit", "error",
+    "reasoning_tokens", "completion_tokens", "thinking_budget_hit", "error", "correct",
 ]  # fmt: skip
 
 
@@ -30,14 +31,15 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
     if missing:
         raise SystemExit(
             f"error: {output} has no column {', '.join(missing)}\n"
-            "hint: carry the question and its answer with input.columns: [prompt, answer]"
+            "hint: carry the question and its answer with input.columns: [prompt, answer], "
+            "and ask for scores with evaluate: {answer_column: answer, scorer: exact}"
         )
     return dataset.to_table(columns=COLUMNS).to_pylist()
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether the completion is the expected answer."""
-    return row["completion"] is not None and row["completion"].strip() == row["answer"].strip()
+    """Whether the run found the completion right."""
+    return row["correct"] is True
 
 
 def pick(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -67,13 +69,15 @@ def format_row(row: dict[str, Any]) -> str:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """The closing line: accuracy and what it took."""
-    right = sum(map(is_right, rows))
+    scored = [row for row in rows if row["correct"] is not None]
+    right = sum(map(is_right, scored))
+    share = f"{right / len(scored):.1%}" if scored else "none has an expected answer"
     reasoning = sum(row["reasoning_tokens"] or 0 for row in rows)
     answers = sum(row["completion_tokens"] or 0 for row in rows)
     hits = sum(bool(row["thinking_budget_hit"]) for row in rows)
     failed = sum(row["error"] is not None for row in rows)
     return (
-        f"accuracy: {right} of {len(rows)} right ({right / len(rows):.1%}); "
+        f"accuracy: {right} of {len(scored)} right ({share}); "
         f"{reasoning} reasoning and {answers} completion tokens, "
         f"{hits} thinking budget hits, {failed} failed rows"
     )

@@ -26,12 +26,13 @@ COMMANDS = {
     "run": "Run a job inside an existing Ray cluster.",
     "validate": "Check a job without running it: every problem, with its line.",
     "status": "Show how far a run is, from its output alone.",
+    "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
     "schema": "Print the JSON Schema of the job file.",
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 
-PLANNED = ("plan", "list", "logs", "cancel", "report", "verify", "retry", "sweep", "schedule")
+PLANNED = ("plan", "list", "logs", "cancel", "report", "retry", "sweep", "schedule")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75

@@ -92,6 +92,8 @@ def progress_line(progress: Progress) -> str:
     parts = [f"{done.rows:,}/{progress.total_rows:,} rows ({share:.0%})"]
     if done.failed_rows:
         parts.append(f"{done.failed_rows:,} failed")
+    if done.scores is not None and (accuracy := done.scores.accuracy) is not None:
+        parts.append(f"{accuracy.value:.1%} right")
     parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
     parts.append(f"ETA {'--' if progress.eta_s is None else duration(progress.eta_s)}")
     states = ", ".join(f"{count} {state}" for state, count in progress.workers.items() if count)

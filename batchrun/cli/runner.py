@@ -16,6 +16,7 @@ import click
 from batchrun.cli import echo_error
 from batchrun.cli.options import echo_json
 from batchrun.cli.progress import ProgressView, duration
+from batchrun.cli.scores import score_lines
 
 if TYPE_CHECKING:
     from batchrun.cluster.summary import Summary
@@ -100,6 +101,8 @@ def summary_text(summary: Summary) -> str:
             f"  {summary.prefix_tokens:,} tokens of prompts were not computed again, "
             "as their beginning was shared"
         )
+    if counts.scores is not None:
+        lines += [f"  {line}" for line in score_lines(counts.scores)]
     if summary.elapsed_s:
         rate = summary.generated_tokens / summary.elapsed_s
         lines.append(f"  took {duration(summary.elapsed_s)}, {rate:,.0f} tokens/s with the start")

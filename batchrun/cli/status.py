@@ -11,6 +11,7 @@ import click
 
 from batchrun.cli.options import debug_option, echo_json, json_option
 from batchrun.cli.progress import duration
+from batchrun.cli.scores import score_lines
 
 if TYPE_CHECKING:
     from batchrun.data.status import RunStatus
@@ -54,6 +55,8 @@ def open_output(where: str) -> Store:
 def status_json(url: str, status: RunStatus) -> dict[str, object]:
     """Plain values for one JSON document."""
     counts = asdict(status.counts)
+    del counts["scores"]
+    scores = status.counts.scores
     progress = status.progress if status.live else None
     return {
         "output": url,
@@ -71,6 +74,7 @@ def status_json(url: str, status: RunStatus) -> dict[str, object]:
             "failed": {str(number): why for number, why in status.failed_shards.items()},
         },
         **counts,
+        "evaluation": None if scores is None else scores.report(),
         "rows_per_s": progress.rows_per_s if progress else None,
         "tokens_per_s": progress.tokens_per_s if progress else None,
         "eta_s": progress.eta_s if progress else None,
@@ -102,6 +106,8 @@ def status_text(url: str, status: RunStatus) -> str:
         f"  tokens  {counts.prompt_tokens:,} of prompt, {counts.reasoning_tokens:,} of reasoning, "
         f"{counts.completion_tokens:,} of completion",
     ]
+    if counts.scores is not None:
+        lines += [f"  {line}" for line in score_lines(counts.scores)]
     progress = status.progress
     if status.live and progress is not None:
         eta = "--" if progress.eta_s is None else duration(progress.eta_s)

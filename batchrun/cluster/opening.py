@@ -55,6 +55,7 @@ class CheckedJob:
             run=self.run,
             n=generation.n,
             logprobs=generation.logprobs is not None,
+            correct=self.job.evaluate is not None,
             compression=self.job.output.compression,
             metadata=metadata,
         )
@@ -102,7 +103,7 @@ def read_license(folder: Path) -> str | None:
         text = card.read_text(encoding="utf-8", errors="replace")[:4096]
         for key in ("license_name", "license"):
             if found := re.search(rf"^{key}:\s*(\S+)\s*$", text, re.MULTILINE):
-                return found[1]
+                return found[1].strip("'\"")
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         file = folder / name
         if file.is_file():

@@ -66,7 +66,8 @@ class Summary:
     def to_json(self) -> dict[str, object]:
         """Plain values for one JSON document."""
         counts = asdict(self.counts)
-        del counts["rows"], counts["failed_rows"]
+        del counts["rows"], counts["failed_rows"], counts["scores"]
+        scores = self.counts.scores
         generated = self.generated_tokens
         return {
             "name": self.name,
@@ -86,6 +87,7 @@ class Summary:
                 "failed": dict(self.failed_shards),
             },
             **counts,
+            "evaluation": None if scores is None else scores.report(),
             "generated_tokens": generated,
             "prefix_tokens": self.prefix_tokens,
             "discarded_tokens": self.discarded_tokens,

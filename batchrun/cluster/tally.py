@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from batchrun.records import Counts, Part
 
@@ -124,7 +124,8 @@ class Tally:
 
 
 def _difference(counts: Counts, before: Counts) -> Counts:
-    return counts + Counts(
+    """Rows and tokens of ``counts`` without those of ``before``; scores have no use for it."""
+    return replace(counts, scores=None) + Counts(
         -before.rows,
         -before.failed_rows,
         -before.prompt_tokens,

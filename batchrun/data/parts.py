@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,8 +13,12 @@ import pyarrow.parquet as pq
 from batchrun.data.store import Store
 from batchrun.errors import OutputError, ShardError
 from batchrun.records import Counts, Part, Shard
+from batchrun.scores import Scores, Verdict
 
 RUN_KEY = "batchrun.run"
+MAJORITY_KEY = "batchrun.majority_correct"
+"""In the footer of a part with scores: rows whose most frequent answer is right. The rest of the
+counts can be told from the part's columns, this one cannot."""
 _HASH_CHUNK_BYTES = 8 << 20
 
 
@@ -27,8 +31,8 @@ def part_from_json(data: bytes) -> Part:
     """What :func:`part_to_json` gave. Raises ValueError for anything else."""
     try:
         raw = json.loads(data)
-        return Part(**{**raw, "counts": Counts(**raw["counts"])})
-    except (TypeError, KeyError) as error:
+        return Part(**{**raw, "counts": Counts.from_json(raw["counts"])})
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not a commit record: {error}") from error
 
 
@@ -78,7 +82,20 @@ def _count(parquet: pq.ParquetFile, num_rows: int, n: int) -> Counts:
     sums = [int(pc.sum(table.column(name)).as_py() or 0) for name in names]
     errors = table.column("error").is_valid().to_pylist()
     failed = sum(any(errors[start : start + n]) for start in range(0, len(errors), n))
-    return Counts(num_rows, failed, *sums)
+    prompt, reasoning, completion, hits = sums
+    scores = _count_scores(parquet, n)
+    return Counts(num_rows, failed, prompt, reasoning, completion, hits, scores)
+
+
+def _count_scores(parquet: pq.ParquetFile, n: int) -> Scores | None:
+    majority = (parquet.metadata.metadata or {}).get(MAJORITY_KEY.encode())
+    if majority is None or parquet.metadata.num_rows == 0:
+        return None
+    verdicts = parquet.read(["correct"], use_threads=False).column("correct").to_pylist()
+    scores = Scores()
+    for start in range(0, len(verdicts), n):
+        scores += Scores.of_row([Verdict(value) for value in verdicts[start : start + n]])
+    return replace(scores, majority_correct=int(majority))
 
 
 def check_part(store: Store, part: Part, sizes: Mapping[str, int]) -> None:

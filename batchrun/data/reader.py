@@ -188,6 +188,10 @@ class ShardReader:
         ids: list[Any] = [None] * batch.num_rows
         if columns.id is not None:
             ids = _python_values(columns.id, batch.column(columns.id), {})
+        answers: list[Any] = [None] * batch.num_rows
+        if columns.answer is not None:
+            # One that cannot be read is none; the row's prompt has nothing to do with it.
+            answers = _python_values(columns.answer, batch.column(columns.answer), {})
         rows: list[Row] = []
         for place in range(batch.num_rows):
             index = self.shard.first_row + first + place
@@ -200,6 +204,7 @@ class ShardReader:
                     id=f"{self.shard.path}:{index}" if own is None else str(own),
                     values={name: column[place] for name, column in values.items()},
                     error=errors.get(place),
+                    answer=answers[place],
                 )
             )
         return rows

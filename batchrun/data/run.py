@@ -165,7 +165,7 @@ class RunDirectory:
         if data is None:
             return None
         raw = json.loads(data)
-        return Progress(**{**raw, "counts": Counts(**raw["counts"])})
+        return Progress(**{**raw, "counts": Counts.from_json(raw["counts"])})
 
     def finish(
         self,
@@ -198,13 +198,16 @@ class RunDirectory:
         }
         name = self._write_manifest(manifest)
         if success and self.store.info(SUCCESS) is None:
-            summary = {
+            summary: dict[str, object] = {
                 "run_id": self.run,
                 "manifest": f"{run_folder(self.run)}/{name}",
                 "parts": len(parts),
                 "samples": sum(part.num_rows for part in parts.values()),
                 **asdict(counts),
             }
+            del summary["scores"]
+            if counts.scores is not None:
+                summary["evaluation"] = counts.scores.report()
             self.store.put(SUCCESS, json.dumps(summary, indent=1).encode())
         return counts
 

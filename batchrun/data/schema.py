@@ -9,7 +9,7 @@ from difflib import get_close_matches
 import pyarrow as pa
 
 from batchrun.data.footers import InputFile
-from batchrun.data.types import is_conversation, is_string, unify
+from batchrun.data.types import answer_kind, is_conversation, is_string, unify
 from batchrun.errors import InputError
 
 
@@ -23,6 +23,7 @@ class InputColumns:
     template: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    answer: str | None = None
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -33,8 +34,8 @@ class InputColumns:
     @property
     def all(self) -> tuple[str, ...]:
         """Every column that is read, each once."""
-        first = [] if self.id is None else [self.id]
-        return tuple(dict.fromkeys([*first, *self.values, *self.carried]))
+        single = [name for name in (self.id, self.answer) if name is not None]
+        return tuple(dict.fromkeys([*single, *self.values, *self.carried]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,5 +164,12 @@ def _unusable(name: str, kind: pa.DataType, columns: InputColumns) -> list[Input
     if name == columns.id and not (is_string(kind) or pa.types.is_integer(kind)):
         found.append(
             InputError(f"input: the id column {name!r} is {kind}", "use text or integers for ids")
+        )
+    if name == columns.answer and answer_kind(kind) is None:
+        found.append(
+            InputError(
+                f"input: the answer column {name!r} is {kind}",
+                "expected answers are text, numbers, booleans or lists of these",
+            )
         )
     return found

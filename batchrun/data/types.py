@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -14,6 +14,21 @@ def is_string(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
+
+
+def answer_kind(kind: pa.DataType) -> Literal["text", "number", "switch"] | None:
+    """What expected answers of this type are, in lists too; None for what cannot be one."""
+    if pa.types.is_dictionary(kind):
+        return answer_kind(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return answer_kind(kind.value_type)
+    if is_string(kind) or pa.types.is_null(kind):
+        return "text"
+    if pa.types.is_boolean(kind):
+        return "switch"
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "number"
+    return None
 
 
 def is_conversation(kind: pa.DataType) -> bool:

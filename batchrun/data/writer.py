@@ -11,12 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.data.parts import RUN_KEY
+from batchrun.data.parts import MAJORITY_KEY, RUN_KEY
 from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
 from batchrun.data.types import repeat
 from batchrun.errors import BatchrunError, StorageError
-from batchrun.records import Completion, Counts
+from batchrun.records import Completion, Counts, row_scores
+from batchrun.scores import Scores
 
 # A row group is written when this many rows, or this much text, stand ready in order.
 _FLUSH_ROWS = 8192
@@ -50,6 +51,7 @@ class PartFormat:
     run: str
     n: int = 1
     logprobs: bool = False
+    correct: bool = False
     compression: str = "zstd"
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,6 +74,8 @@ class PartFormat:
             # Named as Parquet names it, so that the file reads back with the same schema.
             item = pa.field("element", pa.float32())
             fields.append(pa.field("logprobs", pa.list_(item)))
+        if self.correct:
+            fields.append(pa.field("correct", pa.bool_()))
         return pa.schema(fields, metadata={**self.metadata, RUN_KEY: self.run})
 
 
@@ -146,6 +150,9 @@ class PartWriter:
         if not self.is_complete:
             raise BatchrunError(f"shard {shard.name}: {self.num_missing} rows are missing")
         self._flush()
+        if self._format.correct:
+            scores = self._counts.scores or Scores()
+            self._writer.add_key_value_metadata({MAJORITY_KEY: str(scores.majority_correct)})
         try:
             self._writer.close()
         except OSError as error:
@@ -187,6 +194,7 @@ class PartWriter:
             reasoning_tokens=sum(sample.reasoning_tokens for sample in row),
             completion_tokens=sum(sample.completion_tokens for sample in row),
             thinking_budget_hits=sum(sample.thinking_budget_hit for sample in row),
+            scores=row_scores(row) if self._format.correct else None,
         )
         self._ready.extend(row)
         self._ready_bytes += sum(
@@ -210,6 +218,7 @@ class PartWriter:
             "thinking_budget_hit": [row.thinking_budget_hit for row in rows],
             "error": [_text(row.error) for row in rows],
             "logprobs": [row.logprobs for row in rows],
+            "correct": [row.verdict and row.verdict.correct for row in rows],
         }
         columns = [
             pa.chunked_array([pa.array(own[item.name], type=item.type)])

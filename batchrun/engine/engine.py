@@ -287,6 +287,10 @@ class Engine:
         """Whether a sample of a key has its slot."""
         return any(s.slot is not None for s in self._sequences.get(key, {}).values())
 
+    def forget_prefixes(self) -> None:
+        """Drop the states of shared beginnings, those being made too. What runs goes on."""
+        self._scheduler.forget_prefixes()
+
     def step(self) -> list[Output]:
         """Schedule, run, sample; the outputs of the sequences that ended."""
         started = time.monotonic()
@@ -308,7 +312,7 @@ class Engine:
             if not token.is_finite:
                 ended.add(sequence)
                 # Whether its state was broken already when it was copied nobody knows.
-                self._scheduler.distrust()
+                self.forget_prefixes()
                 error = RowError(ErrorKind.ENGINE, "the model's logits are not finite numbers")
                 outputs.append(_error_output(sequence.request, error))
                 continue

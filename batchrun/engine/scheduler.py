@@ -171,7 +171,7 @@ class Scheduler:
                     self._prefixes.cancel(sequence)
         self.finish(sequences)
 
-    def distrust(self) -> None:
+    def forget_prefixes(self) -> None:
         """Start nothing from the snapshots that are there or being made."""
         if self._prefixes is not None:
             for sequence in self._running:

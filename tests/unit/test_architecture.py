@@ -21,12 +21,14 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"cluster"}),
     frozenset({"pipeline", "preflight", "llm"}),
-    frozenset({"prompts"}),
+    frozenset({"prompts", "judge"}),
+    frozenset({"evaluate"}),
     frozenset({"coordinator", "data", "engine"}),
     frozenset({"model"}),
     frozenset({"job", "metrics"}),
     frozenset({"jobproblems", "jobrules"}),
     frozenset({"jobfile", "records"}),
+    frozenset({"scores"}),
     frozenset({"jobscalars", "wording"}),
     frozenset({"logs"}),
     frozenset({"errors"}),
@@ -49,6 +51,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pydantic": ("job.py",),
     "yaml": ("jobfile.py",),
     "prometheus_client": ("metrics.py",),
+    "math_verify": ("evaluate.py",),
 }
 
 

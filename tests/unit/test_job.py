@@ -337,7 +337,6 @@ def test_a_wrong_value(tmp_path: Path, section: str, line: str, expected: str) -
         ("model", "kv_dtype: bfloat16", "model.kv_dtype"),
         ("generation", "response_format: {type: regex, pattern: a}", "generation.response_format"),
         ("generation", "tools: [{name: f}]", "generation.tools"),
-        ("evaluate", "{answer_column: a, scorer: exact}", "evaluate"),
         ("schedule", '"0 2 * * *"', "schedule"),
         ("errors", "canary_rows: 5", "errors.canary_rows"),
         ("limits", "max_hours: 1", "limits.max_hours"),
@@ -604,3 +603,55 @@ def test_json_schema_describes_the_job_file() -> None:
         for key, part in definition["properties"].items():
             assert part["description"], f"{name}.{key}"
     assert schema["$defs"]["Generation"]["properties"]["top_p"]["maximum"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("scorer: exact", "job.yaml:8: evaluate.answer_column: is missing"),
+        ("answer_column: a", "job.yaml:8: evaluate.scorer: is missing"),
+        (
+            "{answer_column: a, scorer: exakt}",
+            "evaluate.scorer: must be exact, number, choice, regex or math, not the text 'exakt'; "
+            "did you mean exact?",
+        ),
+        ("{answer_column: a, scorer: exact, k: 1}", "evaluate.k: no such key"),
+        ("{answer_column: a, scorer: regex}", "evaluate.pattern: is missing"),
+        (
+            "{answer_column: a, scorer: regex, pattern: '(x'}",
+            "job.yaml:9: evaluate.pattern: is no regular expression: "
+            "missing ), unterminated subpattern at position 0",
+        ),
+        ("{answer_column: a, scorer: exact, pattern: x}", "is for the scorer regex, not for exact"),
+        ("{answer_column: a, scorer: exact, choices: [x]}", "is for the scorer choice, not for"),
+        (
+            "{answer_column: a, scorer: choice, choices: [a, b, A]}",
+            "evaluate.choices[2]: is an option already (case does not matter): 'A'",
+        ),
+        ("{answer_column: a, scorer: choice, choices: [a, ' ']}", "choices[1]: is nothing but"),
+    ],
+)
+def test_wrong_scoring(tmp_path: Path, line: str, expected: str) -> None:
+    """What is wrong with `evaluate` is said once, at its line."""
+    [problem] = said(tmp_path, with_keys(evaluate=line))
+    assert expected in problem
+
+
+def test_scoring_is_part_of_the_content(tmp_path: Path) -> None:
+    """Another scorer is another run; a job that does not ask for scores is what it always was."""
+    plain = parse_job(read(tmp_path, MINIMAL)).semantic()
+    assert "evaluate" not in plain
+    contents = [
+        parse_job(read(tmp_path, with_keys(evaluate=line))).semantic()["evaluate"]
+        for line in (
+            "{answer_column: a, scorer: exact}",
+            "{answer_column: b, scorer: exact}",
+            "{answer_column: a, scorer: number}",
+            "{answer_column: a, scorer: regex, pattern: 'token=(\\w+)'}",
+            "{answer_column: a, scorer: choice, choices: ['yes', 'no']}",
+        )
+    ]
+    assert contents[0] == {
+        "answer_column": "a", "scorer": "exact", "pattern": None, "choices": [],
+    }  # fmt: skip
+    assert len({json.dumps(content) for content in contents}) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,10 +20,12 @@ from batchrun.engine.request import Output
 from batchrun.errors import ShardError, StorageError
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource
+from batchrun.judge import Judge
 from batchrun.llm import find_checkpoint
-from batchrun.pipeline import Pipeline, WorkReport, row_seed
+from batchrun.pipeline import Pipeline, WorkReport, _completion, row_seed
 from batchrun.prompts import input_columns
-from batchrun.records import Lease, Part, Shard
+from batchrun.records import Counts, Lease, Part, Shard
+from batchrun.scores import Scores
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,11 @@ class Setup:
         )
         self.published: dict[int, pa.Table] = {}
         self.pipeline = Pipeline(
-            self.job, engine, self.publish, schema, PartFormat(run="r", n=self.job.generation.n)
+            self.job,
+            engine,
+            self.publish,
+            schema,
+            PartFormat(run="r", n=self.job.generation.n, correct=self.job.evaluate is not None),
         )
 
     def publish(self, part_file: PartFile, lease: Lease) -> Part:
@@ -376,6 +383,82 @@ def test_finish_publishes_what_is_complete(setup: MakeSetup) -> None:
     report = made.pipeline.finish(10.0)
     assert [done.part.shard for done in report.done] == [0]
     assert list(made.published) == [0]
+
+
+ANSWERS = pa.array(["5", "9", None, "7", "x"])
+
+
+@pytest.mark.parametrize("scorer", ["exact", "number", "regex", "math"])
+def test_answers_are_scored(setup: MakeSetup, scorer: str) -> None:
+    """Each scorer gives its verdicts in order; failed rows are wrong, and keep their error."""
+    prompts = ["What is 2+3?", "What is 4+4?", "What is 1+1?", "", "What is 3+3?"]
+    evaluate = {"answer_column": "a", "scorer": scorer}
+    if scorer == "regex":
+        evaluate["pattern"] = r"\d+"
+    made = setup([prompts], {"evaluate": evaluate}, {"a": ANSWERS})
+    reports = made.run()
+    rows = made.published[0].to_pylist()
+    last = None if scorer == "number" else False
+    assert [row["correct"] for row in rows] == [True, False, None, False, last]
+    assert [row["completion"] for row in rows] == ["5", "8", "2", None, "6"]
+    assert rows[3]["error"].startswith("invalid_prompt")
+    [done] = reports[-1].done
+    wrong = 2 if last is None else 3
+    assert done.part.counts.scores == Scores((wrong, 1), 1)
+
+
+def test_samples_of_a_row_are_scored_each(setup: MakeSetup) -> None:
+    """With n samples each has its verdict, and what a worker counts as it goes is the same."""
+    job = {
+        "generation": {"n": 3, "temperature": 1.0, "top_p": 1.0},
+        "evaluate": {"answer_column": "a", "scorer": "regex", "pattern": r"\d+"},
+    }
+    answers = [str(sum(map(int, text[8:-1].split("+")))) for text in sums(12)]
+    made = setup([[*sums(12), None]], job, {"a": pa.array([*answers, "1"])})
+    seen: list[Counts] = []
+    made.pipeline.start(made.lease(0))
+    while not (report := made.pipeline.work(0.05)).idle:
+        seen += [item.counts for item in report.running]
+    made.pipeline.close()
+    [done] = report.done
+    rows = made.published[0].to_pylist()
+    expected = [answer for answer in [*answers, "1"] for _ in range(3)]
+    assert [row["correct"] for row in rows] == [
+        row["completion"] == answer for row, answer in zip(rows, expected, strict=True)
+    ]
+    scores = done.part.counts.scores
+    assert scores is not None and (scores.num_rows, scores.num_samples) == (13, 3)
+    assert scores.num_correct == sum(row["correct"] for row in rows) > 0
+    assert scores.majority_correct <= sum(scores.rows_by_correct[1:])
+    assert all(counts.scores is None or counts.scores.num_rows <= counts.rows for counts in seen)
+
+
+def test_an_endless_answer_holds_up_nobody(
+    setup: MakeSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scorer that takes too long runs beside the engine, and its sample is not correct."""
+    monkeypatch.setattr(Judge.__init__, "__defaults__", (0.5,))
+    evaluate = {"answer_column": "a", "scorer": "regex", "pattern": r"(1+)+$|(\d)"}
+    made = setup([["What is 2+3?", "What is 4+4?"]], {"evaluate": evaluate},
+                 {"a": pa.array(["5", "8"])})  # fmt: skip
+    monkeypatch.setattr(
+        "batchrun.pipeline._completion",
+        lambda row, output: replace(
+            _completion(row, output), completion="1" * 60 + "x" if row.index == 0 else "8"
+        ),
+    )
+    made.run()
+    assert [row["correct"] for row in made.published[0].to_pylist()] == [False, False]
+
+
+def test_a_lease_that_is_given_up_takes_its_scores_with_it(setup: MakeSetup) -> None:
+    """Verdicts that come for a failed shard are dropped; the other shard is whole."""
+    evaluate = {"answer_column": "prompt", "scorer": "regex", "pattern": "x"}
+    made = setup([sums(20), sums(10)], {"evaluate": evaluate})
+    pq.write_table(pa.table({"prompt": ["What is 1+1?"]}), made.folder / "in" / "0.parquet")
+    made.run()
+    assert list(made.published) == [1]
+    assert made.published[1]["correct"].to_pylist() == [False] * 10
 
 
 def test_metrics_add_up(setup: MakeSetup, engine: Engine) -> None:

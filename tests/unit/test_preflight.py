@@ -256,3 +256,35 @@ def test_storage_that_cannot_be_reached(desk: Desk, monkeypatch: pytest.MonkeyPa
     lines = desk.said("input.columns=[x]")
     assert len(lines) == 2
     assert lines[1] == "job.yaml:8: output.path: s3://b cannot be reached (timeout); try again"
+
+
+EVALUATE = "evaluate={answer_column: a, scorer: number}"
+
+
+def test_expected_answers_are_looked_at(desk: Desk) -> None:
+    """The column is there in all files, of a usable type, and of one that the scorer can use."""
+    assert desk.said("evaluate={answer_column: n, scorer: number}") == []
+    [missing] = desk.said("evaluate={answer_column: m, scorer: number}")
+    assert missing.startswith("--set: evaluate.answer_column: in/a.parquet has no column 'm'")
+    desk.write("a", {"q": ["1"], "n": [1], "a": [b"x"]})
+    desk.write("b", {"q": ["1"], "n": [1], "a": [b"x"]})
+    [unusable] = desk.said(EVALUATE)
+    assert "evaluate.answer_column: the answer column 'a' is binary; expected answers" in unusable
+    for name in "ab":
+        desk.write(name, {"q": ["1"], "n": [1], "a": [[True]]})
+    [switch] = desk.said(EVALUATE)
+    assert "bool" in switch and "which the scorer number cannot compare" in switch
+    assert desk.said("evaluate={answer_column: a, scorer: exact}") == []
+
+
+def test_a_missing_library_is_found_before_the_run(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scorer math without math-verify is a problem of the job that names the command."""
+    asked = "evaluate={answer_column: n, scorer: math}"
+    assert desk.said(asked) == []
+    monkeypatch.setattr("batchrun.evaluate.importlib.util.find_spec", lambda name: None)
+    assert desk.said(asked) == [
+        "--set: evaluate.scorer: is math, but the library math-verify is not installed; "
+        "pip install math-verify"
+    ]

@@ -92,6 +92,7 @@ def write_output(folder: Path, rows: list[dict[str, object]]) -> None:
     schema = pa.schema(
         [(n, pa.string()) for n in ("id", "prompt", "answer", "completion", "reasoning", "error")]
         + [("finish_reason", pa.string()), ("thinking_budget_hit", pa.bool_())]
+        + [("correct", pa.bool_())]
         + [(n, pa.int32()) for n in ("reasoning_tokens", "completion_tokens")]
     )
     folder.mkdir()
@@ -107,10 +108,12 @@ def test_answers_are_shown_and_counted(
         tmp_path / "out",
         [
             {"id": "a", "prompt": "1+2+3", "answer": "6", "completion": "6",
-             "reasoning": "1+2=3\n+3=6\n", "completion_tokens": 2, **common},
+             "reasoning": "1+2=3\n+3=6\n", "completion_tokens": 2, "correct": True, **common},
             {"id": "b", "prompt": "2+2", "answer": "4", "completion": "5",
-             "reasoning": "2+2=", "completion_tokens": 2, **common, "thinking_budget_hit": True},
-            {"id": "c", "prompt": "", "answer": "4", "error": "invalid_prompt: empty"},
+             "reasoning": "2+2=", "completion_tokens": 2, "correct": False, **common,
+             "thinking_budget_hit": True},
+            {"id": "c", "prompt": "", "answer": "4", "error": "invalid_prompt: empty",
+             "correct": False},
         ],
     )  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["show_answers", str(tmp_path / "out"), "--count", "3"])

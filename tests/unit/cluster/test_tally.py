@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from batchrun.cluster.tally import Tally
 from batchrun.records import Counts, Part
+from batchrun.scores import Scores
 
 
 def part(shard: int, rows: int, tokens: int = 0) -> Part:
@@ -57,3 +58,14 @@ def test_rates_and_eta() -> None:
     progress = tally.progress(10.0, 0.0, {"ready": 1})
     assert (progress.rows_per_s, progress.tokens_per_s, progress.eta_s) == (2.0, 50.0, 40.0)
     assert progress.left_rows == 80
+
+
+def test_accuracy_of_what_is_done() -> None:
+    """Scores of published and running rows add up."""
+    published = Part(0, "p", "a0", 1, "", 2, Counts(2, scores=Scores((1, 1), 1)))
+    tally = Tally(10, 2, {0: published})
+    tally.run("w", "a1", Counts(rows=3, scores=Scores((0, 3), 3)))
+    assert tally.done().scores == Scores((1, 4), 4)
+    assert tally.generated().rows == 3
+    tally.lose("w")
+    assert tally.done().scores == Scores((1, 1), 1)

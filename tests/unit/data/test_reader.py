@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -363,3 +364,22 @@ def test_a_parquet_bomb_stays_small(tmp_path: Path) -> None:
         before = pa.total_allocated_bytes()
         assert next(reader).values["prompt"] == "x" * 4096
         assert pa.total_allocated_bytes() - before < 64 << 20
+
+
+def test_expected_answers_come_with_their_rows(tmp_path: Path) -> None:
+    """Each row has its answer as a Python value; one that is no text is none, and no error."""
+    write(tmp_path / "a.parquet", {"prompt": ["x", "y"], "a": invalid_utf8([b"ok", b"\xff"])})
+    (shard,), schema, _ = planned(tmp_path, InputColumns(prompt="prompt", answer="a"))
+    rows, _ = read_all(shard, schema)
+    assert [(row.answer, row.error) for row in rows] == [("ok", None), (None, None)]
+    assert [row.values for row in rows] == [{"prompt": "x"}, {"prompt": "y"}]
+
+
+def test_expected_answers_of_every_type(tmp_path: Path) -> None:
+    """Numbers, decimals, booleans and lists are what they are in the file."""
+    values = [[1, None], [Decimal("1.50")] * 2, [True, False], [["a", "b"], []], [0.5, None]]
+    for number, pair in enumerate(values):
+        folder = tmp_path / str(number)
+        write(folder / "a.parquet", {"prompt": ["x", "y"], "a": pair})
+        (shard,), schema, _ = planned(folder, InputColumns(prompt="prompt", answer="a"))
+        assert [row.answer for row in read_all(shard, schema)[0]] == pair

@@ -29,6 +29,7 @@ from batchrun.errors import (
     ShardError,
 )
 from batchrun.records import Counts, Lease, Part, Shard
+from batchrun.scores import Scores, Verdict
 from tests.unit.data.parquet import prompts, write
 from tests.unit.data.test_writer import completion
 
@@ -44,6 +45,7 @@ class Site:
     store: Store
     rule: PlanRule = field(default_factory=lambda: PlanRule(COLUMNS, max_tokens=16))
     semantic: dict[str, object] = field(default_factory=lambda: dict(SEMANTIC))
+    scored: bool = False
 
     def input(self, name: str, rows: int = 3) -> Path:
         """Write an input file."""
@@ -64,11 +66,15 @@ class Site:
 
     def publish(self, opened: OpenedRun, shard: Shard, attempt: str = "1-1") -> Part:
         """One attempt at a shard."""
-        part_format = PartFormat(opened.directory.run, n=self.rule.n)
+        part_format = PartFormat(opened.directory.run, n=self.rule.n, correct=self.scored)
         with ShardReader(shard, opened.schema) as reader, PartWriter(reader, part_format) as writer:
             for row in reader:
                 for sample in range(self.rule.n):
-                    writer.add(completion(row, sample, completion=f"{attempt} of {row.id}"))
+                    text = f"{attempt} of {row.id}"
+                    # Of two samples the first is right in every other row.
+                    verdict = Verdict(sample == 0 and row.ordinal % 2 == 0, f"answer {sample}")
+                    done = completion(row, sample, completion=text)
+                    writer.add(replace(done, verdict=verdict if self.scored else None))
             return opened.directory.publish(writer.finish(), Lease(shard, 1, attempt))
 
     def parts(self) -> list[str]:
@@ -332,6 +338,43 @@ def test_a_part_whose_worker_died_before_the_record_is_taken_over(any_site: Site
     site.store.delete([f"_batchrun/{opened.directory.run}/parts/000001.json"])
     assert {1: replace(part, attempt="")} == site.open().parts
     assert {1: replace(part, attempt="")} == site.open().parts
+
+
+def test_scores_are_in_records_manifest_status_and_success(any_site: Site) -> None:
+    """Accuracy is known from the bookkeeping alone, also of a part whose record was lost."""
+    site = any_site
+    site.rule, site.scored = replace(site.rule, n=2), True
+    opened = site.open()
+    site.run(opened)
+    site.store.delete([f"_batchrun/{opened.directory.run}/parts/000001.json"])
+    again = site.open()
+    assert again.parts[1].counts.scores == Scores((2, 2, 0), majority_correct=2)
+    counts = again.directory.finish(again.shards, {}, success=True)
+    assert counts.scores == Scores((3, 4, 0), majority_correct=4)
+    assert read_status(site.store).counts == counts
+    success = json.loads(site.store.read(SUCCESS) or b"")
+    assert success["evaluation"] == counts.scores.report()
+    assert (success["evaluation"]["correct"], success["evaluation"]["samples"]) == (4, 2)
+    manifest = json.loads(site.store.read(success["manifest"]) or b"")
+    assert Counts.from_json(manifest["counts"]) == counts
+
+
+def test_records_of_earlier_versions_are_read(site: Site) -> None:
+    """A run that was begun before there were scores goes on, and says nothing of accuracy."""
+    opened = site.open()
+    site.run(opened)
+    for number in (0, 1):
+        path = f"_batchrun/{opened.directory.run}/parts/{number:06d}.json"
+        record = json.loads(site.store.read(path) or b"")
+        del record["counts"]["scores"]
+        site.store.put(path, json.dumps(record).encode())
+    again = site.open()
+    assert [part.counts.rows for part in again.parts.values()] == [3, 4]
+    again.directory.finish(again.shards, {}, success=True)
+    assert "evaluation" not in json.loads(site.store.read(SUCCESS) or b"")
+    progress = Progress(epoch=1, total_rows=7, counts=Counts(5, scores=Scores((1, 4), 4)))
+    again.directory.write_progress(progress)
+    assert again.directory.read_progress() == progress
 
 
 def test_parts_by_their_records(site: Site) -> None:

@@ -9,7 +9,15 @@ import pyarrow as pa
 import pytest
 
 from batchrun.data.inputs import InputColumns, InputSchema, list_input
-from batchrun.data.types import as_bytes, decode, is_conversation, is_string, unify, with_valid_text
+from batchrun.data.types import (
+    answer_kind,
+    as_bytes,
+    decode,
+    is_conversation,
+    is_string,
+    unify,
+    with_valid_text,
+)
 from batchrun.errors import InputError
 from tests.unit.data.parquet import invalid_utf8, prompts, write
 
@@ -199,3 +207,31 @@ def test_decoding_strictly_tells_what_is_no_text() -> None:
     assert pa.struct([("a", pa.list_(pa.large_binary())), ("b", pa.int32())]) == as_bytes(kind)
     with pytest.raises(UnicodeDecodeError):
         decode({"a": [b"\xff"], "b": 3}, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (pa.string(), "text"),
+        (DICTIONARY, "text"),
+        (pa.null(), "text"),
+        (pa.int8(), "number"),
+        (pa.float32(), "number"),
+        (pa.decimal128(9, 2), "number"),
+        (pa.bool_(), "switch"),
+        (pa.list_(pa.large_string()), "text"),
+        (pa.large_list(pa.list_(pa.int64(), 2)), "number"),
+        (pa.binary(), None),
+        (pa.date32(), None),
+        (pa.list_(pa.struct([("a", pa.string())])), None),
+    ],
+)
+def test_expected_answers_have_usable_types(
+    tmp_path: Path, kind: pa.DataType, found: str | None
+) -> None:
+    """Text, numbers, booleans and lists of them; others are refused with their type."""
+    assert answer_kind(kind) == found
+    write(tmp_path / "a.parquet", {"prompt": ["x"], "a": pa.array([None], kind)})
+    problems = checked(tmp_path, InputColumns(prompt="prompt", answer="a"))
+    assert len(problems) == (found is None)
+    assert all("the answer column 'a' is " in problem for problem in problems)

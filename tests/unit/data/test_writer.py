@@ -18,6 +18,7 @@ from batchrun.data.spool import Spool
 from batchrun.data.writer import RESERVED_COLUMNS, PartFormat, PartWriter
 from batchrun.errors import BatchrunError
 from batchrun.records import Completion, Counts, FinishReason, Row
+from batchrun.scores import Scores, Verdict
 from tests.unit.data.parquet import planned, prompts, write
 
 COLUMNS = InputColumns(prompt="prompt", carried=("n", "prompt"))
@@ -290,3 +291,21 @@ def test_the_spool_is_private_and_dead_ones_are_removed(tmp_path: Path) -> None:
     assert [living.path] == list(tmp_path.iterdir())
     assert living.path.stat().st_mode & 0o777 == 0o700
     living.remove()
+
+
+def test_verdicts_are_the_last_column(tmp_path: Path) -> None:
+    """``correct`` is there with ``evaluate`` alone, null without an expected answer, and summed."""
+    part_format = PartFormat("r", n=2, logprobs=True, correct=True)
+    with open_shard(tmp_path, 3) as reader, PartWriter(reader, part_format) as writer:
+        verdicts = [(True, True), (False, True), (None, None)]
+        for row, pair in zip(reader, verdicts, strict=True):
+            for sample, correct in enumerate(pair):
+                answer = f"answer {correct}"
+                writer.add(completion(row, sample, verdict=Verdict(correct, answer)))
+        part = writer.finish()
+        table = pq.read_table(part.path)
+    assert table.schema.names[-2:] == ["logprobs", "correct"]
+    assert table.schema.field("correct").type == pa.bool_()
+    assert table["correct"].to_pylist() == [True, True, False, True, None, None]
+    # A tie is the first sample's: the second row's majority is wrong.
+    assert part.counts.scores == Scores((0, 1, 1), majority_correct=1)
