@@ -21,16 +21,20 @@ GRAIN = 16
 """Tokens between two places at which prompts are compared."""
 MIN_TOKENS = 64
 """A beginning shorter than this is not worth a chunk of its own."""
+_MAX_RECENT = 256
+"""Prompts that left the queue which are remembered."""
 _MAX_RECENT_MARKS = 1 << 16
-"""Places of prompts that left the queue which are remembered: about 8 MiB at most."""
+"""Places of them that are: about 8 MiB at most."""
 
 
 class PrefixStates:
     """Finds shared beginnings, and keeps as many of their states as the pools hold.
 
-    A state is worth its tokens times the prompts that share it. The least worthy makes room, and
-    what stays ages against what comes ("greedy dual"): one that nobody uses any more goes in the
-    end, however much it was worth.
+    A state is worth its tokens times the prompts that share it, of those that wait or were recent.
+    So one that nobody comes for is worth nothing in the end. The least worthy makes room, but only
+    for one of more worth: where many are worth the same, the first ones stay and are of use,
+    instead of each being driven out before it is. Samples of a row come together, so of a whole
+    prompt only those count that wait.
 
     In a step, states are copied to the sequences that start from them before the model runs, and
     snapshots are written after it; so a slot may change hands within :meth:`admit`.
@@ -47,7 +51,6 @@ class PrefixStates:
         self._users: dict[int, int] = {}  # prompts that wait or were recent, by hash of a mark
         self._recent: deque[tuple[Mark, ...]] = deque()
         self._num_recent = 0
-        self._age = 0
         self._last: tuple[tuple[int, ...], tuple[Mark, ...]] = ((), ())
 
     def add(self, sequence: Sequence) -> None:
@@ -70,11 +73,12 @@ class PrefixStates:
         if source is not None:
             sequence.source = source
             sequence.num_context = source.num_tokens
-            self._appraise(source)
         sequence.snapshot = self._begin(sequence)
-        self._recent.append(sequence.marks)
-        self._num_recent += len(sequence.marks)
-        while self._num_recent > _MAX_RECENT_MARKS:
+        self._forget(tuple(mark for mark in sequence.marks if mark.is_whole))
+        shared = tuple(mark for mark in sequence.marks if not mark.is_whole)
+        self._recent.append(shared)
+        self._num_recent += len(shared)
+        while len(self._recent) > _MAX_RECENT or self._num_recent > _MAX_RECENT_MARKS:
             marks = self._recent.popleft()
             self._num_recent -= len(marks)
             self._forget(marks)
@@ -116,8 +120,9 @@ class PrefixStates:
         for end in range(GRAIN, min(last, self._max_tokens) + 1, GRAIN):
             value = hash((value, prompt[end - GRAIN : end]))
             marks.append(Mark(end, value))
-        if last % GRAIN and last <= self._max_tokens:
-            marks.append(Mark(last, hash((value, prompt[last - last % GRAIN : last]))))
+        if 0 < last <= self._max_tokens:
+            rest = prompt[len(marks) * GRAIN : last]
+            marks.append(Mark(last, hash((value, rest, "whole")), is_whole=True))
         self._last = (prompt, tuple(marks))
         return self._last[1]
 
@@ -141,23 +146,21 @@ class PrefixStates:
             gain = mark.num_tokens - start
             if others < 1 or gain < 1 or mark.hash in self._snapshots:
                 continue
-            is_whole = mark.num_tokens == len(sequence.request.prompt_token_ids) - 1
             # Samples of a row are known to come, so many short gains count like a long one.
-            if gain >= MIN_TOKENS or (is_whole and gain * others >= MIN_TOKENS):
-                if gain * others > most:
+            if gain >= MIN_TOKENS or (mark.is_whole and gain * others >= MIN_TOKENS):
+                if gain * others > most or (mark.is_whole and gain * others == most):
                     best, most = mark, gain * others
         return None if best is None else self._reserve(best, sequence)
 
     def _reserve(self, mark: Mark, sequence: Sequence) -> Snapshot | None:
         """A snapshot that is still to be written, if it is worth more than what has to go."""
         num_blocks = -(-mark.num_tokens // self._block_size) if self._uses_blocks else 0
-        priority = self._worth(mark)
+        worth = self._worth(mark)
         victims: list[Snapshot] = []
         slots, blocks = self._slots.num_free, self._blocks.num_free
-        for snapshot in sorted(
-            (s for s in self._snapshots.values() if s.is_ready), key=lambda s: s.priority
-        ):
-            if (slots and blocks >= num_blocks) or snapshot.priority > priority:
+        ready = [snapshot for snapshot in self._snapshots.values() if snapshot.is_ready]
+        for snapshot in sorted(ready, key=lambda s: self._worth(s.mark)):
+            if (slots and blocks >= num_blocks) or self._worth(snapshot.mark) >= worth:
                 break
             victims.append(snapshot)
             slots += 1
@@ -165,20 +168,15 @@ class PrefixStates:
         if not slots or blocks < num_blocks:
             return None
         for victim in victims:
-            self._age = max(self._age, victim.priority)
             self._drop(victim)
         (slot,) = self._slots.allocate(1)
         tokens = sequence.request.prompt_token_ids[: mark.num_tokens]
         snapshot = Snapshot(mark, tokens, slot, self._blocks.allocate(num_blocks))
         self._snapshots[mark.hash] = snapshot
-        self._appraise(snapshot)
         return snapshot
 
     def _worth(self, mark: Mark) -> int:
-        return self._age + mark.num_tokens * self._users.get(mark.hash, 1)
-
-    def _appraise(self, snapshot: Snapshot) -> None:
-        snapshot.priority = self._worth(snapshot.mark)
+        return mark.num_tokens * self._users.get(mark.hash, 0)
 
     def _drop(self, snapshot: Snapshot) -> None:
         del self._snapshots[snapshot.mark.hash]

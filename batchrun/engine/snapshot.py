@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place in a prompt at which it is compared with others, and the hash of all before it."""
+    """A place in a prompt at which it is compared with others, and the hash of all before it.
+
+    ``is_whole`` marks the place before the prompt's last token: there only the same prompt agrees.
+    """
 
     num_tokens: int
     hash: int
+    is_whole: bool = False
 
 
 class Snapshot:
     """A kept state: slot and blocks together hold exactly ``token_ids``, once it is ready.
 
     The sequence that makes it ends a chunk there; then all of its state is copied at once.
-    ``priority`` is what it is worth to its keeper.
     """
 
-    __slots__ = ("blocks", "is_ready", "mark", "priority", "slot", "token_ids")
+    __slots__ = ("blocks", "is_ready", "mark", "slot", "token_ids")
 
     def __init__(
         self, mark: Mark, token_ids: tuple[int, ...], slot: int, blocks: tuple[int, ...]
@@ -31,7 +34,6 @@ class Snapshot:
         self.slot = slot
         self.blocks = blocks
         self.is_ready = False
-        self.priority = 0
 
     @property
     def num_tokens(self) -> int:

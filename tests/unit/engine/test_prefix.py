@@ -307,31 +307,51 @@ def test_a_state_is_always_that_of_the_sequences_own_tokens(data: st.DataObject)
     assert simulated.scheduler.num_waiting == simulated.scheduler.num_waiting_tokens == 0
 
 
+def work_off(simulated: Simulated, prompts: list[tuple[int, ...]]) -> int:
+    """Run prompts to their ends; how many tokens of them were not computed."""
+    before = simulated.saved
+    for prompt in prompts:
+        simulated.add(prompt, 2)
+    while step := simulated.scheduler.schedule():
+        simulated.run(step)
+        running = {c.sequence for c in step.prefills} | set(step.decodes)
+        ended = {s for s in running if s.transcript.finish_reason is not None}
+        simulated.scheduler.finish(ended)
+    return simulated.saved - before
+
+
 def test_what_is_used_stays_and_what_is_not_goes() -> None:
     """One place for a state: that of the many stays when two meet, and goes in the end when
     nobody comes for it any more."""
     simulated = Simulated(4, 1, 1000)
-    many, few, new = ((kind,) * 80 for kind in (1, 2, 3))
 
-    def ask(begin: tuple[int, ...], count: int) -> int:
-        """How many tokens of these prompts were not computed."""
-        before = simulated.saved
-        for n in range(count):
-            simulated.add((*begin, 10 + n, 4), 2)
-        while step := simulated.scheduler.schedule():
-            simulated.run(step)
-            running = {c.sequence for c in step.prefills} | set(step.decodes)
-            ended = {s for s in running if s.transcript.finish_reason is not None}
-            simulated.scheduler.finish(ended)
-        return simulated.saved - before
+    def ask(kind: int, count: int) -> int:
+        return work_off(simulated, [(*(kind,) * 80, 10 + n, 4) for n in range(count)])
 
-    assert ask(many, 10) == 9 * 80
-    assert ask(few, 2) == 0
-    assert ask(many, 1) == 80
+    assert ask(1, 10) == 9 * 80
+    assert ask(2, 2) == 0
+    assert ask(1, 1) == 80
     for _ in range(30):
-        ask(new, 3)
-    assert ask(new, 3) == 3 * 80
-    assert ask(many, 1) == 0
+        ask(3, 3)
+    assert ask(3, 3) == 3 * 80
+    assert ask(1, 1) == 0
+
+
+@pytest.mark.parametrize("length", [80, 81, 90])
+def test_each_row_of_many_samples_has_its_turn(length: int) -> None:
+    """The state of a row whose samples have all begun makes room for the next row's."""
+    simulated = Simulated(4, 1, 1000)
+    for kind in range(12):
+        assert work_off(simulated, [(kind,) * length] * 4) == 3 * (length - 1)
+
+
+def test_what_comes_round_too_late_drives_nobody_out() -> None:
+    """More beginnings than places, each of them seen again and again: some are kept and used."""
+    simulated = Simulated(2, 2, 1000)
+    prompts = [(*(kind,) * 80, 99) for kind in range(10)]
+    rounds = [work_off(simulated, [(*p, turn) for p in prompts]) for turn in range(5)]
+    assert rounds[0] == rounds[1] == 0
+    assert rounds[2:] == [2 * 80] * 3
 
 
 def test_a_hash_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
