@@ -46,11 +46,16 @@ class Summary:
             case OutcomeKind.SUCCESS:
                 return None
             case OutcomeKind.TOO_MANY_FAILURES:
-                shards = "; ".join(f"{name}: {why}" for name, why in self.failed_shards.items())
+                if self.failed_shards:
+                    shards = "; ".join(f"{name}: {why}" for name, why in self.failed_shards.items())
+                    return TooManyFailuresError(
+                        f"{self.message} ({shards[:500]})",
+                        "mend what is named and submit again: what is finished is kept",
+                    )
                 return TooManyFailuresError(
-                    self.message + (f" ({shards[:500]})" if shards else ""),
+                    self.message,
                     "the column `error` of the output says why rows failed; "
-                    "errors.max_failed_rows is how many may, submit again to run failed shards",
+                    "errors.max_failed_rows is how many may",
                 )
             case OutcomeKind.INTERRUPTED:
                 return InterruptedRunError(
