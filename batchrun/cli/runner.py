@@ -102,6 +102,11 @@ def summary_text(summary: Summary) -> str:
         lines.append(
             f"  tool calls that cannot be read, kept as text: {counts.malformed_tool_calls:,}"
         )
+    if summary.prefix_tokens:
+        lines.append(
+            f"  {summary.prefix_tokens:,} tokens of prompts were not computed again, "
+            "as their beginning was shared"
+        )
     if summary.elapsed_s:
         rate = summary.generated_tokens / summary.elapsed_s
         lines.append(f"  took {duration(summary.elapsed_s)}, {rate:,.0f} tokens/s with the start")

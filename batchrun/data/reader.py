@@ -85,6 +85,11 @@ class ShardReader:
             raise BatchrunError(f"shard {self.shard.name}: {missing} carried rows were not read")
         return pa.Table.from_batches(taken, self._schema.carried)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the carried columns that have been read and not been taken."""
+        return sum(batch.nbytes for batch in self._carried)
+
     def close(self) -> None:
         """Stop reading ahead and close the file. May be called twice."""
         self._at_end = True
