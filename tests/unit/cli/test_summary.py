@@ -13,7 +13,22 @@ from batchrun.records import Counts
 def summary(counts: Counts) -> Summary:
     """The end of a run with these counts."""
     return Summary(
-        "job", "run", "out", OutcomeKind.SUCCESS, "", 4, counts, 0, 1, {}, 4, 10, 0, 0, 1.0
+        name="job",
+        run_id="run",
+        output="out",
+        outcome=OutcomeKind.SUCCESS,
+        message="",
+        total_rows=4,
+        counts=counts,
+        failed_rows=0,
+        num_shards=1,
+        failed_shards={},
+        generated_rows=4,
+        generated_tokens=10,
+        prefix_tokens=0,
+        discarded_tokens=0,
+        restarts=0,
+        elapsed_s=1.0,
     )
 
 
