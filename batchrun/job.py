@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +163,8 @@ class Generation(Section):
     ignore_eos: bool = False
     """Go on to max_tokens whatever the model says; for benchmarks."""
     response_format: dict[str, Any] | None = None
-    """Binds the completion: {type: json_schema, schema: …}, {type: regex, pattern: …} or
-    {type: choice, choices: […]}."""
+    """Binds the completion, never the reasoning: {type: json_schema, schema: …},
+    {type: regex, pattern: …} or {type: choice, choices: […]}."""
     tools: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Function schemas for the chat template."""
 
@@ -331,10 +332,18 @@ class Job(Section):
         content: dict[str, object] = {
             "model": self.model.model_dump(mode="json"),
             "input": rows,
-            "generation": self.generation.model_dump(mode="json"),
+            "generation": self._generation_content(),
         }
         if self.evaluate is not None:
             content["evaluate"] = self.evaluate.model_dump(mode="json")
+        return content
+
+    def _generation_content(self) -> dict[str, object]:
+        """`generation`, with a schema as text: a completion has its properties in that order."""
+        content = self.generation.model_dump(mode="json")
+        bound_to = content["response_format"]
+        if bound_to is not None and "schema" in bound_to:
+            content["response_format"] = {**bound_to, "schema": json.dumps(bound_to["schema"])}
         return content
 
     @property

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from batchrun.formats import slips
 from batchrun.logs import names_a_secret, redact
 from batchrun.wording import nearest, quoted
 
@@ -64,6 +65,7 @@ def violations(job: Values) -> Iterator[Violation]:
     yield from _prompt_source(job)
     yield from _columns(job)
     yield from _tokens(job)
+    yield from _response_format(job)
     yield from _resources(job)
     yield from _output_place(job)
     yield from _evaluate(job)
@@ -86,8 +88,6 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
             "write auto, or set model.dtype to bfloat16 too",
             ("model.dtype",),
         )
-    if generation["response_format"] is not None:
-        yield absent("generation.response_format", "constrained output", "delete the key")
     if generation["tools"]:
         yield absent("generation.tools", "tool calling", "delete the key")
     if job["schedule"] is not None:
@@ -158,6 +158,15 @@ def _tokens(job: Values) -> Iterator[Violation]:
             "lower max_tokens, or raise max_model_len",
             ("model.max_model_len",),
         )
+
+
+def _response_format(job: Values) -> Iterator[Violation]:
+    written = job["generation"]["response_format"]
+    if written is None:
+        return
+    for slip in slips(written):
+        key = ("generation", "response_format", *slip.key)
+        yield Violation(key, slip.message, slip.hint, ("generation.response_format",))
 
 
 def _resources(job: Values) -> Iterator[Violation]:
