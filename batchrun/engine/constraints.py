@@ -44,7 +44,7 @@ _NO_SPACE_FIRST = "(?s:[^{}].*)?".format(
 )
 _MAX_GRAMMARS = 256
 _WHERE = re.compile(r"^(error: )?(at \d+\(\d+\): )?(failed to compile JSON schema: )?")
-_BYTES_FIRST = "its grammar needs bytes that the tokenizer has not"
+_DEAD_END = "no token can come next, and the completion is not valid yet"
 
 
 class Constraint:
@@ -86,7 +86,7 @@ class Constraint:
 
     def break_off(self) -> None:
         """No token may come next, and the completion is not valid."""
-        self.error = self.error or _reason(self._matcher.get_error()) or _BYTES_FIRST
+        self.error = self.error or _reason(self._matcher.get_error()) or _DEAD_END
 
 
 @dataclass(frozen=True, slots=True)
