@@ -148,8 +148,12 @@ class Constraints:
                 completing.append((row.constraint._matcher, place))
             else:
                 masks[place] = row.constraint._grammar.may_close(row.begun)
-        if completing:
+        if self._num_threads > 1 and completing:
             llguidance.numpy.fill_next_token_bitmask_par(self._executor, completing, masks)
+        else:
+            # A pool of one thread only adds the wait for that thread.
+            for matcher, place in completing:
+                llguidance.numpy.fill_next_token_bitmask(matcher, masks, place)
         stops = np.stack([row.constraint._stops for row in rows])  # [R, W]
         may_stop = [r.may_stop and r.begun is None and r.constraint.is_valid for r in rows]
         in_text = np.array([row.begun is None for row in rows])[:, None]
