@@ -30,7 +30,7 @@ from batchrun.errors import (
     StorageError,
 )
 from batchrun.evaluate import INSTALL_MATH, ScoreSpec, missing_library
-from batchrun.formats import ResponseFormat
+from batchrun.formats import ResponseFormat, slips
 from batchrun.job import Job
 from batchrun.jobfile import JobSource, KeyPath
 from batchrun.model.checkpoint import check_checkpoint, expected_tensors
@@ -242,8 +242,8 @@ class _Inspector:
     def _check_response_format(self, tokenizer: Tokenizer, config: ModelConfig | None) -> None:
         """Compile it as the engine will, with the checkpoint's tokens."""
         generation = self.job.generation
-        if generation.response_format is None or not self._usable("generation.response_format"):
-            return
+        if generation.response_format is None or any(slips(generation.response_format)):
+            return  # what is wrong with it has been said with the rules of the job file
         bound_to = ResponseFormat.parse(generation.response_format)
         vocab_size = tokenizer.vocab_size if config is None else config.vocab_size
         constraints = Constraints(tokenizer, vocab_size)

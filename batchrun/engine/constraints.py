@@ -152,9 +152,12 @@ class Constraints:
             llguidance.numpy.fill_next_token_bitmask_par(self._executor, completing, masks)
         else:
             # A pool of one thread only adds the wait for that thread.
+            pointer, num_bytes = masks.ctypes.data, masks.strides[0]
             for matcher, place in completing:
-                llguidance.numpy.fill_next_token_bitmask(matcher, masks, place)
-        stops = np.stack([row.constraint._stops for row in rows])  # [R, W]
+                matcher.unsafe_compute_mask_ptr(pointer + place * num_bytes, num_bytes)
+        stops = rows[0].constraint._stops  # [W], or [R, W] where they are not all the same
+        if not all(row.constraint._stops is stops for row in rows):
+            stops = np.stack([row.constraint._stops for row in rows])
         may_stop = [r.may_stop and r.begun is None and r.constraint.is_valid for r in rows]
         in_text = np.array([row.begun is None for row in rows])[:, None]
         masks &= np.where(in_text, self._texts, -1) & ~stops

@@ -321,3 +321,10 @@ def test_a_response_format_is_compiled_as_rows_will_need_it(desk: Desk) -> None:
     desk.write("b", {"q": ["1"], "n": [1], "reasoning": [False]})
     overrides = "input.overrides=[reasoning]"
     assert len(desk.said(pattern, "generation.reasoning=false", overrides)) == 1
+
+
+def test_a_response_format_with_a_slip_is_not_compiled(desk: Desk) -> None:
+    """What the rules of the job file said of it is not said again, and nothing breaks."""
+    written = "{type: json_schema, schema: {type: object, propertys: {}}}"
+    assert desk.said(f"generation.response_format={written}") == []
+    assert desk.said("generation.response_format={type: choice, choices: []}") == []

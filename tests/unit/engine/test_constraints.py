@@ -180,7 +180,12 @@ def test_free_rows_beside_bound_ones(chat: ChatTemplate, deterministic: bool) ->
 
     def request(number: int) -> Request:
         bound_to = FORMATS[12] if number % 2 else None
-        params = SamplingParams(max_tokens=64, temperature=1.0, response_format=bound_to)
+        params = SamplingParams(
+            max_tokens=64,
+            temperature=1.0,
+            response_format=bound_to,
+            stop_token_ids=(390 + number // 4,),
+        )
         return Request(number, ids, params, seed=number, thinking=True)
 
     mixed = run(engine, [request(number) for number in range(8)])
@@ -460,3 +465,25 @@ def test_a_grammar_is_compiled_once(tokenizer: Tokenizer, monkeypatch: pytest.Mo
         assert constraints.error(bound_to, thinking=thinking) is None
         constraints.begin(bound_to, thinking=thinking, stop_ids=frozenset())
     assert len(compiled) == 4  # each grammar, and its start alone
+
+
+def test_masks_by_several_threads(tokenizer: Tokenizer) -> None:
+    """A pool of threads gives the bits that one thread gives, each row its own."""
+    words = [f"{letter}x" for letter in "abcdefgh"]
+    masks = []
+    for num_threads in (1, 2):
+        constraints = Constraints(tokenizer, 400, num_threads=num_threads)
+        rows = []
+        for number, word in enumerate(words):
+            bound_to = ResponseFormat.parse({"type": "choice", "choices": [word]})
+            stop_ids = frozenset({number % 3})
+            start = constraints.begin(bound_to, thinking=False, stop_ids=stop_ids)
+            rows.append(BoundRow(start, None, True))
+        # One row is still in its reasoning, where any token but its stop token may come.
+        rows[3] = BoundRow(rows[3].constraint, 0, True)
+        bits, empty = constraints.masks(rows, torch.device("cpu"))
+        assert not len(empty)
+        masks.append(bits.clone())
+    assert torch.equal(masks[0], masks[1])
+    counts = [sum(int(w).bit_count() for w in row.numpy().view("u4")) for row in masks[0]]
+    assert counts[:3] == [1, 1, 1] and counts[3] >= 399
