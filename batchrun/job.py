@@ -166,8 +166,8 @@ class Generation(Section):
     ignore_eos: bool = False
     """Go on to max_tokens whatever the model says; for benchmarks."""
     response_format: dict[str, Any] | None = None
-    """Binds the completion: {type: json_schema, schema: …}, {type: regex, pattern: …} or
-    {type: choice, choices: […]}."""
+    """Binds the completion, never the reasoning: {type: json_schema, schema: …},
+    {type: regex, pattern: …} or {type: choice, choices: […]}."""
     tools: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Function schemas for the chat template: {type: function, function: {name, description,
     parameters}}, or the function alone. Calls come back in `tool_calls`."""
@@ -337,16 +337,23 @@ class Job(Section):
         run. Where the input lies and how the work is spread are not part of it; the input's bytes
         are pinned shard by shard instead."""
         rows = self.input.model_dump(mode="json", exclude={"path", "storage_options"})
-        generation = self.generation.model_dump(mode="json")
-        # As texts: the order of their keys is that of the prompt.
-        generation["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in generation["tools"]]
         content: dict[str, object] = {
             "model": self.model.model_dump(mode="json"),
             "input": rows,
-            "generation": generation,
+            "generation": self._generation_content(),
         }
         if self.evaluate is not None:
             content["evaluate"] = self.evaluate.model_dump(mode="json")
+        return content
+
+    def _generation_content(self) -> dict[str, object]:
+        """`generation`, with schemas as texts: the order of their keys is that of the prompt, and
+        of a completion's properties."""
+        content = self.generation.model_dump(mode="json")
+        content["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in content["tools"]]
+        bound_to = content["response_format"]
+        if bound_to is not None and "schema" in bound_to:
+            content["response_format"] = {**bound_to, "schema": json.dumps(bound_to["schema"])}
         return content
 
     @property

@@ -127,7 +127,8 @@ class LLM:
         A prompt that ends in ``<think>`` is continued with reasoning.
 
         :returns: one output a prompt, in their order.
-        :raises RequestError: a prompt is empty, not Unicode or too long (a ``ValueError``).
+        :raises RequestError: a prompt is empty, not Unicode or too long, or a response format
+            cannot be used (a ``ValueError``).
         """
         encoded = [self._encode(number, p) for number, p in enumerate(_as_prompts(prompts))]
         return self._run(encoded, sampling_params)
@@ -146,8 +147,8 @@ class LLM:
 
         :returns: one output a conversation, in their order.
         :raises CheckpointError: the checkpoint has no chat template.
-        :raises RequestError: a conversation cannot be rendered or is too long, or a tool is no
-            function schema.
+        :raises RequestError: a conversation cannot be rendered or is too long, a tool is no
+            function schema, or a response format cannot be used.
         """
         chat = self.engine.chat
         if chat is None:
@@ -204,7 +205,9 @@ class LLM:
     ) -> list[RequestOutput]:
         params = _one_each(sampling_params, len(prompts))
         for number, ((_, prompt), own) in enumerate(zip(prompts, params, strict=True)):
-            error = self.engine.admission_error(len(prompt.token_ids), own)
+            error = self.engine.admission_error(
+                len(prompt.token_ids), own, thinking=prompt.thinking
+            )
             if error is not None:
                 raise RequestError(f"prompt {number}: {error.message}")
         # Keys of this call alone, so that whatever else the engine holds is not touched.

@@ -363,7 +363,10 @@ class Pipeline:
             return error.row_error
         except RequestError as error:
             return RowError(ErrorKind.INVALID_PROMPT, error.message)
-        if refusal := self._engine.admission_error(len(encoded.token_ids), params):
+        refusal = self._engine.admission_error(
+            len(encoded.token_ids), params, thinking=encoded.thinking
+        )
+        if refusal is not None:
             return refusal
         seed = row_seed(params.seed or 0, lease.shard.path, row.index)
         return [

@@ -18,6 +18,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchrun.data.schema import InputColumns
+from batchrun.formats import ResponseFormat
 from batchrun.job import Generation, Job
 from batchrun.records import ErrorKind, Message, Row, RowError, ToolCall
 from batchrun.tools import Tool, as_call
@@ -84,6 +85,9 @@ class PromptBuilder:
     def __init__(self, job: Job) -> None:
         self._input = job.input
         self._generation = job.generation
+        written = job.generation.response_format
+        # Read once for all rows: a schema can be large, and no row has one of its own.
+        self._bound_to = None if written is None else ResponseFormat.parse(written)
         self._template: jinja2.Template | None = None
         self._names: tuple[str, ...] = ()
         self._environment: _Sandbox | None = None
@@ -104,6 +108,7 @@ class PromptBuilder:
         except _BadRowError as error:
             return error.row_error
         params = generation.model_dump(exclude={"reasoning", "response_format", "tools"})
+        params["response_format"] = self._bound_to
         if params["answer_reserve"] == "auto":
             params["answer_reserve"] = None
         return Prompt(messages, generation.reasoning, params, generation.n, generation.tools)

@@ -335,7 +335,6 @@ def test_a_wrong_value(tmp_path: Path, section: str, line: str, expected: str) -
         ("model", "quantization: int8", "model.quantization"),
         ("model", "kv_dtype: int8", "model.kv_dtype"),
         ("model", "kv_dtype: bfloat16", "model.kv_dtype"),
-        ("generation", "response_format: {type: regex, pattern: a}", "generation.response_format"),
         ("schedule", '"0 2 * * *"', "schedule"),
         ("errors", "canary_rows: 5", "errors.canary_rows"),
         ("limits", "max_hours: 1", "limits.max_hours"),
@@ -421,6 +420,47 @@ def test_tools_are_kept_as_written(tmp_path: Path) -> None:
     assert not parse_job(read(tmp_path, MINIMAL)).has_tools
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{type: regex}", "generation.response_format.pattern: is missing; regex needs it"),
+        ("{type: choice, choices: []}", "generation.response_format.choices: must be a list of"),
+        (
+            "{type: choice, choices: [yes, a]}",
+            "generation.response_format.choices[0]: must be a text that is not empty, not true",
+        ),
+        (
+            "\n    type: json_schema\n    schema:\n      items:\n        uniqueItem: true",
+            "generation.response_format.schema.items.uniqueItem: is not a keyword",
+        ),
+        ("regex", "generation.response_format: must be a mapping or null, not the text 'regex'"),
+    ],
+)
+def test_a_response_format_that_is_none(tmp_path: Path, written: str, expected: str) -> None:
+    """What is wrong inside a response format is said at the line of the very key."""
+    text = with_keys(generation=f"response_format: {written}")
+    [problem] = said(tmp_path, text)
+    last = expected.partition(": ")[0].rpartition(".")[2].partition("[")[0]
+    rows = enumerate(text.splitlines(), 1)
+    line = next(
+        i for i, row in rows if f"{last}:" in row or "response_format: {type: regex}" in row
+    )
+    assert problem.startswith(f"job.yaml:{line}: {expected}")
+
+
+def test_the_order_of_a_schema_s_properties_is_content(tmp_path: Path) -> None:
+    """Completions have their properties in that order, so another order is another job."""
+
+    def semantic(properties: str) -> dict[str, object]:
+        schema = f"{{type: object, properties: {{{properties}}}}}"
+        line = f"response_format: {{type: json_schema, schema: {schema}}}"
+        return parse_job(read(tmp_path, with_keys(generation=line))).semantic()
+
+    one, other = semantic("a: {}, b: {}"), semantic("b: {}, a: {}")
+    assert one == semantic("a: {}, b: {}")
+    assert json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True)
+
+
 def test_what_is_built_is_accepted(tmp_path: Path) -> None:
     """Keys that only look like those that are refused are fine."""
     text = with_keys(
@@ -429,7 +469,8 @@ def test_what_is_built_is_accepted(tmp_path: Path) -> None:
         errors="max_failed_rows: 0.5\n  canary_rows: 0",
         limits="max_hours: null",
         checkpoint="interval_s: 30.0",
-        generation="tools: []\n  stop: END\n  logprobs: 1\n  max_thinking_tokens: 0",
+        generation="tools: []\n  stop: END\n  logprobs: 1\n  max_thinking_tokens: 0\n"
+        "  response_format: {type: choice, choices: [a]}",
         metrics="port: null",
         ray="runtime_env: {env_vars: {TOKENIZERS_PARALLELISM: 'false'}}",
     )

@@ -265,3 +265,23 @@ def test_bad_tools_and_calls_are_named(llm: LLM) -> None:
         llm.chat([*QUESTION, {"role": "assistant", "tool_calls": [{"name": "f"}]}])
     with pytest.raises(RequestError, match="only an assistant message"):
         llm.chat([{**QUESTION[0], "tool_calls": [{"name": "f", "arguments": "{}"}]}])
+
+
+def test_a_response_format(llm: LLM) -> None:
+    """It binds the text alone; one that cannot be used is an error of the call, also when set."""
+    bound_to = {"type": "choice", "choices": ["one hundred", "134"]}
+    params = SamplingParams(temperature=0, max_tokens=96, response_format=bound_to)
+    assert hash(params) == hash(
+        SamplingParams(temperature=0, max_tokens=96, response_format=bound_to)
+    )
+    (out,) = llm.chat(QUESTION, params)
+    assert (out.outputs[0].text, out.outputs[0].finish_reason) == ("134", "stop")
+    assert out.outputs[0].reasoning == "37+85=122\n+12=134\n"
+    (raw,) = llm.generate("abc", SamplingParams(max_tokens=9, response_format=bound_to))
+    assert raw.outputs[0].text in ("one hundred"[: len(raw.outputs[0].text)], "134")
+    with pytest.raises(RequestError, match="response_format: type must be one of json_schema"):
+        SamplingParams(response_format={"type": "xml"})
+    bad = SamplingParams(response_format={"type": "regex", "pattern": "("})
+    with pytest.raises(RequestError, match="prompt 0: response_format: unclosed group"):
+        llm.chat(QUESTION, bad)
+    assert llm.engine.num_unfinished == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -578,3 +579,19 @@ def test_conversations_with_calls_from_parquet(setup: MakeSetup) -> None:
         "invalid_prompt: column m, message 1: only an assistant message can have tool calls",
     ]
     assert table["prompt_tokens"][1] > table["prompt_tokens"][0]
+
+
+def test_a_response_format_binds_every_row(tmp_path: Path, engine: Engine) -> None:
+    """All completions of a part are of the job's format; the reasoning beside them is free."""
+    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 99}}}
+    schema |= {"required": ["sum"], "additionalProperties": False}
+    generation = {"response_format": {"type": "json_schema", "schema": schema}, "max_tokens": 96}
+    questions = [f"What is {number}+4?" for number in range(12)]
+    setup = Setup(tmp_path, engine, [questions], {"generation": generation})
+    setup.run()
+    rows = setup.published[0].to_pylist()
+    assert len(rows) == 12
+    for row in rows:
+        assert row["finish_reason"] == "stop" and row["error"] is None
+        assert set(json.loads(row["completion"])) == {"sum"}
+        assert row["reasoning"].startswith(row["prompt"].split()[-1].rstrip("?") + "=")
