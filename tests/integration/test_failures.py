@@ -233,8 +233,10 @@ class Scraper:
 def test_metrics_are_served_during_the_run(undisturbed: Work) -> None:
     """Counters only grow, gauges say what is left, labels name job, run and worker."""
     scraper = Scraper()
+    # Several seconds of work, so that there are scrapes in the middle of it.
+    generation = {**LONG, "max_tokens": 400}
     raw = undisturbed.raw(
-        "scraped", generation=LONG, metrics={"port": 0}, resources={"max_sequences": 2}
+        "scraped", generation=generation, metrics={"port": 0}, resources={"max_sequences": 2}
     )
     job = parse_job(JobSource.of_mapping({"name": "my job", **raw}))
     summary = run_job(job, view=scraper)
