@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from batchrun.records import Shard
 
@@ -46,11 +47,19 @@ def part_name(run: str, shard: Shard) -> str:
     return f"part-{shard.number:06d}-{digest[:8]}.parquet"
 
 
+def traces_path(run: str, shard: Shard) -> str:
+    """The sampled tokens of a shard's part. Named by the rows themselves: another run of the same
+    input may number its shards otherwise."""
+    name = part_name(run, replace(shard, number=0)).rpartition("-")[2]
+    return f"{run_folder(run)}/traces/{name}"
+
+
 def run_folder(run: str) -> str:
     """The folder of a run's bookkeeping.
 
     In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
-    ``parts/`` and ``failed/``, one a shard; ``progress.json``; ``manifest-<n>.json``. The names
+    ``parts/`` and ``failed/``, one a shard; ``traces/``, one a shard, where the run keeps them;
+    ``progress.json``; ``manifest-<n>.json``. The names
     ``journal/<shard>/<attempt>/`` and ``strikes/<shard>/`` are kept for the journal of rows.
     """
     return f"{FOLDER}/{run}"
