@@ -13,7 +13,9 @@ from batchrun.records import Counts
 @dataclass(frozen=True, slots=True)
 class Summary:
     """The end of a run. Rows and tokens are those of the whole output; ``generated_rows`` and
-    ``generated_tokens`` those of this submit alone."""
+    ``generated_tokens`` those of this submit alone. ``sampled_tokens`` are what its engines
+    sampled: tokens of rows that were lost count too, tokens taken over from another run do not.
+    ``startup_s`` of ``elapsed_s`` passed before the first worker had its model."""
 
     name: str
     run_id: str
@@ -27,9 +29,11 @@ class Summary:
     failed_shards: Mapping[str, str]
     generated_rows: int
     generated_tokens: int
+    sampled_tokens: int
     discarded_tokens: int
     restarts: int
     elapsed_s: float
+    startup_s: float
 
     @property
     def exit_code(self) -> int:
@@ -87,8 +91,10 @@ class Summary:
             **counts,
             "evaluation": None if scores is None else scores.report(),
             "generated_tokens": generated,
+            "sampled_tokens": self.sampled_tokens,
             "discarded_tokens": self.discarded_tokens,
             "tokens_per_s": round(generated / self.elapsed_s, 1) if self.elapsed_s else 0.0,
             "worker_restarts": self.restarts,
             "elapsed_s": round(self.elapsed_s, 3),
+            "startup_s": round(self.startup_s, 3),
         }

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
 from batchrun.records import Shard
 
@@ -34,6 +33,16 @@ def part_name(run: str, shard: Shard) -> str:
     It is made of the run and of the very input bytes, so that a worker of another run, or of
     another version of the input, can never take it.
     """
+    return f"part-{shard.number:06d}-{_digest(run, shard)[:8]}.parquet"
+
+
+def traces_path(run: str, shard: Shard) -> str:
+    """The sampled tokens of a shard's part. Named by the rows themselves: another run of the same
+    input may number its shards otherwise."""
+    return f"{run_folder(run)}/traces/{_digest(run, shard)}.parquet"
+
+
+def _digest(run: str, shard: Shard) -> str:
     pinned = [
         run,
         shard.path,
@@ -43,15 +52,7 @@ def part_name(run: str, shard: Shard) -> str:
         shard.first_row,
         shard.num_rows,
     ]
-    digest = hashlib.sha256(canonical_json(pinned).encode()).hexdigest()
-    return f"part-{shard.number:06d}-{digest[:8]}.parquet"
-
-
-def traces_path(run: str, shard: Shard) -> str:
-    """The sampled tokens of a shard's part. Named by the rows themselves: another run of the same
-    input may number its shards otherwise."""
-    name = part_name(run, replace(shard, number=0)).rpartition("-")[2]
-    return f"{run_folder(run)}/traces/{name}"
+    return hashlib.sha256(canonical_json(pinned).encode()).hexdigest()
 
 
 def run_folder(run: str) -> str:

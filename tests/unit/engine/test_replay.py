@@ -28,9 +28,7 @@ def questions(engine: Engine, count: int, **changes: object) -> Iterator[Request
     assert engine.chat is not None
     for i in range(count):
         terms = "+".join(str(rng.randint(1, 99)) for _ in range(rng.randint(2, 6)))
-        prompt = engine.chat.encode(
-            [Message("user", f"What is {terms}?")], reasoning=i % 5 != 4
-        )
+        prompt = engine.chat.encode([Message("user", f"What is {terms}?")], reasoning=i % 5 != 4)
         values: dict[str, object] = {
             "max_tokens": rng.choice([12, 60]),
             "temperature": rng.choice([0.0, 0.8, 1.2]),
