@@ -50,8 +50,8 @@ def _table(curve: Curve) -> str:
     seconds = sum(item.spent.seconds for item in curve.results)
     note = (
         "reasoning, completion: tokens of a sample. alone: about what a run at this budget alone "
-        f"takes, once it has\nstarted. sampled, took: what the sweep did for it; in all {total:,} tokens in "
-        f"{_seconds(seconds)}"
+        "takes, once it has\nstarted. sampled, took: what the sweep did for it; in all "
+        f"{total:,} tokens in {_seconds(seconds)}"
     )
     note += f", cost {_money(curve.cost(seconds))}." if priced else "."
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

@@ -24,7 +24,7 @@ def test_budgets_go_from_the_least_thinking_to_the_most() -> None:
 )
 def test_what_is_no_budget_is_said(text: str) -> None:
     """The word is named; twice the same budget would be one run in one place."""
-    with pytest.raises(RequestError, match="no thinking budget|there twice"):
+    with pytest.raises(RequestError, match=r"no thinking budget|there twice"):
         parse_budgets(text)
 
 

@@ -88,7 +88,8 @@ def test_a_budget_alone_is_counted_at_the_pace_of_the_base() -> None:
     assert read_spent(document) == {
         ("8", "run-8"): Spent(0.5, 0.25, 100), ("32", "run-32"): Spent(6.0, 4.0, 2000)
     }  # fmt: skip
-    for damaged in (None, [], {"budgets": [{"budget": "8"}]}, {"budgets": 3}, "x"):
+    damaged_ones: list[object] = [None, [], {"budgets": [{"budget": "8"}]}, {"budgets": 3}, "x"]
+    for damaged in damaged_ones:
         assert read_spent(damaged) == {}
     free = curve([small, base], price_per_worker_s=None)
     assert "cost" in curve_text(found) and "cost" not in curve_text(free)
@@ -110,8 +111,11 @@ def test_the_error_is_what_stopped_the_sweep() -> None:
     whole = result("32", 99, 20)
     codes = []
     for results, is_complete in (
-        ([whole], True), ([failed, whole], True), ([stopped, failed, whole], False), ([whole], False)
-    ):  # fmt: skip
+        ([whole], True),
+        ([failed, whole], True),
+        ([stopped, failed, whole], False),
+        ([whole], False),
+    ):
         error = curve(results, is_complete=is_complete).error
         codes.append(0 if error is None else error.exit_code)
     assert codes == [0, 3, 75, 75]
