@@ -66,8 +66,8 @@ ROWS = Series(
 TOKENS = Series(
     "batchrun_tokens_total",
     Kind.COUNTER,
-    "Tokens read or generated.",
-    {"kind": ("prompt", "reasoning", "completion")},
+    "Tokens of finished rows; those of prompts are computed (prompt) or not (prefix_cached).",
+    {"kind": ("prompt", "prefix_cached", "reasoning", "completion")},
     per_worker=True,
 )
 ROWS_IN_FLIGHT = Series(

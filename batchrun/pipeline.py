@@ -3,7 +3,8 @@
 1. :meth:`Pipeline.start` takes a lease; its rows are read when the engine has room, not before.
 2. Rows become prompts and then requests. The engine is kept a quarter fuller than it can run, so
    a sequence that ends is replaced at the next step; rows of the next lease follow those of the
-   one before without a gap.
+   one before without a gap. Short rows are read further ahead, so that the engine can begin with
+   the longest.
 3. Finished samples are scored where the job asks for it, and go to the lease's part writer,
    which puts them into input order.
 4. A lease that has all its rows is published in a thread, while the engine goes on.
@@ -66,6 +67,9 @@ MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
 
 _WINDOW = 1.25  # requests in the engine, running and waiting, for each sequence it can run
+_LOOKAHEAD = 16  # the same, as long as what waits is small: the order is better the more is known
+_MAX_WAITING_TOKENS = 1 << 18  # about 10 MiB, with the texts
+_MAX_HELD_BYTES = 64 << 20  # carried columns of rows that are not written yet
 _MAX_ROWS_A_TURN = 256  # rows read between two engine steps: a call stays short on bad rows
 
 _RowKey = tuple[str, int]  # attempt, ordinal
@@ -103,7 +107,8 @@ class WorkReport:
 
     ``num_wanted`` is how many further leases would keep the engine full; ``idle`` says that
     nothing is left to do. ``sampled_tokens`` are those of the pipeline so far, of unfinished rows
-    too. A ``draining`` pipeline takes no further leases.
+    too, and ``prefix_tokens`` those of prompts that it did not have to compute. A ``draining``
+    pipeline takes no further leases.
     """
 
     done: tuple[FinishedLease, ...] = ()
@@ -112,6 +117,7 @@ class WorkReport:
     num_wanted: int = 0
     idle: bool = True
     sampled_tokens: int = 0
+    prefix_tokens: int = 0
     draining: bool = False
     metrics: MetricsDelta = field(default_factory=MetricsDelta)
 
@@ -141,6 +147,9 @@ class _OpenRow:
     row: Row
     missing: set[int]  # samples that the engine owes
     added_at: float
+    started_at: float | None = None  # when a sample was first seen to have a slot
+    queued_s: float | None = None
+    prefix_tokens: dict[int, int] = field(default_factory=dict)  # of samples
     num_scoring: int = 0  # samples that wait for their verdict
     finished: list[Completion] = field(default_factory=list)
 
@@ -171,7 +180,7 @@ class Pipeline:
         self._engine = engine
         self._publish = publish
         self._known = known
-        self._sampled_before = engine.stats().sampled_tokens
+        self._before = engine.stats()
         self._schema = schema
         self._format = part_format
         self._clock = clock
@@ -198,6 +207,7 @@ class Pipeline:
         self._window = max(
             engine.max_sequences + 1, math.ceil(_WINDOW * engine.max_sequences), part_format.n
         )
+        self._lookahead = max(self._window, _LOOKAHEAD * engine.max_sequences)
 
     def start(self, lease: Lease) -> None:
         """Take a lease; its rows follow those of the leases before."""
@@ -229,6 +239,7 @@ class Pipeline:
         state = "drain" if self.draining else "generate"
         self._recorder.add(WORKER_SECONDS, max(0.0, self._clock() - started), state=state)
         self._gauge()
+        stats = self._engine.stats()
         return WorkReport(
             done=tuple(done),
             failed=tuple(failed),
@@ -238,7 +249,8 @@ class Pipeline:
             ),
             num_wanted=self._num_wanted(),
             idle=not self._leases,
-            sampled_tokens=self._engine.stats().sampled_tokens - self._sampled_before,
+            sampled_tokens=stats.sampled_tokens - self._before.sampled_tokens,
+            prefix_tokens=stats.prefix_tokens - self._before.prefix_tokens,
             draining=self.draining,
             metrics=self._recorder.take(),
         )
@@ -287,10 +299,26 @@ class Pipeline:
         return self._engine.num_waiting + self._engine.num_running
 
     def _num_wanted(self) -> int:
-        """Leases that would keep the engine full: none while rows are left to read."""
-        if self.draining or any(not item.at_end for item in self._leases):
+        """Leases that would keep the engine full: none while rows are left to read, or while so
+        many wait that another worker could need the lease sooner."""
+        is_full = self._num_in_engine > self._window
+        if self.draining or is_full or any(not item.at_end for item in self._leases):
             return 0
         return max(0, MAX_LEASES - len(self._leases))
+
+    def _has_room(self) -> bool:
+        """Whether another row may enter the engine: while it could run dry, and beyond that as
+        long as memory stays small."""
+        num_requests = self._num_in_engine + self._format.n
+        if len(self._scoring) > self._window:
+            return False
+        if num_requests <= self._window:
+            return True
+        return (
+            num_requests <= self._lookahead
+            and self._engine.num_waiting_tokens < _MAX_WAITING_TOKENS
+            and sum(item.reader.held_bytes for item in self._leases) < _MAX_HELD_BYTES
+        )
 
     def _admit(self) -> list[FailedLease]:
         """Read rows and put them into the engine, as long as it has room for more."""
@@ -298,11 +326,7 @@ class Pipeline:
         num_read = 0
         for item in list(self._leases):
             while not item.at_end:
-                has_room = (
-                    self._num_in_engine + self._format.n <= self._window
-                    and len(self._scoring) <= self._window
-                )
-                if not has_room or num_read >= _MAX_ROWS_A_TURN:
+                if num_read >= _MAX_ROWS_A_TURN or not self._has_room():
                     return failed
                 try:
                     row = next(item.reader, None)
@@ -380,6 +404,10 @@ class Pipeline:
         if open_row is None:
             return  # its lease was given up or its row timed out at this very step
         open_row.missing.discard(output.sample)
+        queued_s = output.timings.queued_s
+        if open_row.queued_s is None or queued_s < open_row.queued_s:
+            open_row.queued_s = queued_s
+        open_row.prefix_tokens[output.sample] = output.prefix_tokens
         completion = _completion(open_row.row, output)
         if self._format.traces and output.error is None:
             completion = replace(completion, generated=output.generated)
@@ -423,7 +451,9 @@ class Pipeline:
             completion_tokens=completion.completion_tokens,
             thinking_budget_hits=int(completion.thinking_budget_hit),
         )
-        self._recorder.add(TOKENS, completion.prompt_tokens, kind="prompt")
+        prefix_tokens = open_row.prefix_tokens.get(completion.sample, 0)
+        self._recorder.add(TOKENS, completion.prompt_tokens - prefix_tokens, kind="prompt")
+        self._recorder.add(TOKENS, prefix_tokens, kind="prefix_cached")
         self._recorder.add(TOKENS, completion.reasoning_tokens, kind="reasoning")
         self._recorder.add(TOKENS, completion.completion_tokens, kind="completion")
         self._recorder.add(BUDGET_HITS, int(completion.thinking_budget_hit))
@@ -432,7 +462,8 @@ class Pipeline:
             failed = any(item.error is not None for item in samples)
             owner.counts += Counts(rows=1, failed_rows=int(failed), scores=self._scores(samples))
             self._rows.pop((owner.lease.attempt, open_row.row.ordinal), None)
-            self._recorder.observe(ROW_SECONDS, self._clock() - open_row.added_at)
+            seconds = self._clock() - open_row.added_at - (open_row.queued_s or 0.0)
+            self._recorder.observe(ROW_SECONDS, max(0.0, seconds))
 
     def _gauge(self) -> None:
         stats = self._engine.stats()
@@ -443,16 +474,20 @@ class Pipeline:
         self._recorder.set(KV_PAGES_TOTAL, stats.blocks_total)
 
     def _expire(self) -> None:
-        """Rows that took too long become error rows; samples they already have are kept."""
+        """Rows that took too long become error rows; samples they already have are kept.
+
+        The time in the queue is not the row's.
+        """
         limit = self._job.errors.row_timeout_s
         if limit is None:
             return
         now = self._clock()
-        late = [
-            (key, item)
-            for key, item in self._rows.items()
-            if item.missing and now - item.added_at > limit
-        ]
+        late: list[tuple[_RowKey, _OpenRow]] = []
+        for key, open_row in self._rows.items():
+            if open_row.started_at is None:
+                open_row.started_at = now if self._engine.is_running(key) else None
+            elif open_row.missing and now - open_row.started_at > limit:
+                late.append((key, open_row))
         for key, open_row in late:
             self._engine.abort(key)
             error = RowError(ErrorKind.TIMEOUT, f"not finished within {limit:g} s")

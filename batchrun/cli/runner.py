@@ -98,6 +98,11 @@ def summary_text(summary: Summary) -> str:
     lines.append(f"  tokens: {counts.prompt_tokens:,} of prompt, {tokens}")
     if counts.scores is not None:
         lines += [f"  {line}" for line in score_lines(counts.scores)]
+    if summary.prefix_tokens:
+        lines.append(
+            f"  {summary.prefix_tokens:,} tokens of prompts were not computed again, "
+            "as their beginning was shared"
+        )
     if summary.elapsed_s:
         rate = summary.generated_tokens / summary.elapsed_s
         lines.append(f"  took {duration(summary.elapsed_s)}, {rate:,.0f} tokens/s with the start")

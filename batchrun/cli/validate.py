@@ -25,7 +25,7 @@ def command(job_path: str, overrides: tuple[str, ...], as_json: bool) -> int:
 
     Looks at the job file, the template, the model's config, the input's files and columns, and
     whether the output can be written. Needs no GPU, loads no weights, writes nothing. Exit code 0
-    if all is well, else 2.
+    if all is well, else 2; 75 if all that is wrong is storage that cannot be reached.
     """
     from batchrun.job import check_source
     from batchrun.jobfile import in_order, read_job_file

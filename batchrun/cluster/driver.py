@@ -395,6 +395,7 @@ class _Driver:
         self._metrics.merge(worker, report.metrics)
         self._spent(worker, "starved", news.starved_s)
         self._tally.sampled_tokens[worker] = report.sampled_tokens
+        self._tally.prefix_tokens[worker] = report.prefix_tokens
         for item in report.running:
             self._tally.run(worker, item.attempt, item.counts)
         for done in report.done:
@@ -512,7 +513,11 @@ class _Driver:
             },
             generated_rows=generated.rows,
             generated_tokens=generated.reasoning_tokens + generated.completion_tokens,
+<<<<<<< HEAD
             sampled_tokens=sum(self._tally.sampled_tokens.values()),
+=======
+            prefix_tokens=sum(self._tally.prefix_tokens.values()),
+>>>>>>> 40eceb6984fdab1526dfe3193f639c3e6bf73dad
             discarded_tokens=self._tally.discarded_tokens,
             restarts=self._restarts,
             elapsed_s=now - self._started,

@@ -46,6 +46,7 @@ class Tally:
     failed: dict[int, int] = field(default_factory=dict)
     discarded_tokens: int = 0
     sampled_tokens: dict[str, int] = field(default_factory=dict)  # by worker, dead ones too
+    prefix_tokens: dict[str, int] = field(default_factory=dict)  # the same
     _running: dict[str, tuple[str, Counts]] = field(default_factory=dict)
     _published: Counts = field(init=False)
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)

@@ -62,7 +62,7 @@ def part_from_object(store: Store, run: str, shard: Shard, name: str, n: int) ->
                 counts = _count(parquet, shard.num_rows, n)
         except (pa.ArrowException, ValueError, KeyError, OSError) as error:
             raise ShardError(
-                f"shard {shard.name}: {store.url}/{name} is not the part of this run ({error})",
+                f"{store.url}/{name} is not the part of this run ({error})",
                 "move it away, or choose another output",
             ) from error
     return Part(

@@ -31,7 +31,7 @@ class ShardReader:
 
     Rows come in input order, each exactly once. The input file is pinned: its fingerprint is
     compared before and after, and object storage is asked for that very version. Raises
-    :class:`~batchrun.errors.ShardError`, naming the shard, for a file that changed or is
+    :class:`~batchrun.errors.ShardError`, naming the file, for one that changed or is
     damaged, and StorageError when storage fails.
     """
 
@@ -85,6 +85,11 @@ class ShardReader:
             raise BatchrunError(f"shard {self.shard.name}: {missing} carried rows were not read")
         return pa.Table.from_batches(taken, self._schema.carried)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the carried columns that have been read and not been taken."""
+        return sum(batch.nbytes for batch in self._carried)
+
     def close(self) -> None:
         """Stop reading ahead and close the file. May be called twice."""
         self._at_end = True
@@ -112,12 +117,12 @@ class ShardReader:
             self._num_read += batch.num_rows
             self._keep_carried(batch)
         except (ShardError, InputError) as error:
-            raise self._failed(str(error).removeprefix("input: "), error.hint) from error
+            raise ShardError(str(error).removeprefix("input: "), error.hint) from error
         except BatchrunError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
             text = " ".join(str(error).split())[:300]
-            raise self._failed(f"{self.shard.uri} is damaged ({text})", "replace it") from error
+            raise ShardError(f"{self.shard.uri} is damaged ({text})", "replace it") from error
         self._rows = iter(self._read_rows(batch, first))
 
     def _first_batch(self) -> pa.RecordBatch | None:
@@ -223,9 +228,6 @@ class ShardReader:
                 "write the file again",
             )
         self._check_pin()
-
-    def _failed(self, message: str, hint: str) -> ShardError:
-        return ShardError(f"shard {self.shard.name}: {message}", hint)
 
 
 _CHANGED_HINT = "input files must not change while a run reads them; submit again when they rest"

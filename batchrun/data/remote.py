@@ -38,13 +38,13 @@ class RemoteStore(Store):
     """A prefix of a bucket. Subclasses know how their service creates an object only once."""
 
     def __init__(self, url: str, storage_options: Mapping[str, object] | None) -> None:
+        if not url.partition("://")[2].partition("/")[0]:
+            raise OutputError(f"output: {url} names no bucket", "give s3://bucket/prefix")
         super().__init__(url.rstrip("/"))
         fs, path = filesystem(self.url, storage_options, Role.OUTPUT)
         self._fs: Any = fs
         self._root = path.strip("/")
         self.bucket, _, self._prefix = self._root.partition("/")
-        if not self.bucket:
-            raise OutputError(f"output: {url} names no bucket", "give s3://bucket/prefix")
 
     def list(self, folder: str = "", *, recursive: bool = True) -> tuple[ObjectInfo, ...]:
         """See :meth:`Store.list`."""
@@ -66,7 +66,7 @@ class RemoteStore(Store):
                     raise
                 return {}
 
-        found = self._patiently(attempt, start)
+        found = self._patiently(attempt, folder.strip("/"))
         return tuple(
             ObjectInfo(name[len(self._root) + 1 :], int(item["size"] or 0), fingerprint_of(item))
             for name, item in sorted(found.items())
@@ -158,7 +158,7 @@ class RemoteStore(Store):
         keys = [self._key(path) for path in paths]
         for start in range(0, len(keys), 1000):
             batch = keys[start : start + 1000]
-            self._patiently(lambda batch=batch: self._delete(batch), self._root)  # type: ignore[misc]
+            self._patiently(lambda batch=batch: self._delete(batch), "")  # type: ignore[misc]
 
     def probe(self) -> None:
         """See :meth:`Store.probe`. Eight writers race for one key: exactly one may win."""
@@ -193,7 +193,7 @@ class RemoteStore(Store):
 
     def _patiently(self, attempt: Callable[[], T], path: str) -> T:
         """The answer of ``attempt``, tried again while storage is throttling or away."""
-        url = f"{self.url}/{path}" if path != self._root else self.url
+        url = f"{self.url}/{path}".rstrip("/")
         for tries in range(1, _MAX_TRIES + 1):
             try:
                 return attempt()

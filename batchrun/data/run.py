@@ -208,11 +208,8 @@ class RunDirectory:
                 "manifest": f"{run_folder(self.run)}/{name}",
                 "parts": len(parts),
                 "samples": sum(part.num_rows for part in parts.values()),
-                **asdict(counts),
+                **success_counts(counts),
             }
-            del summary["scores"]
-            if counts.scores is not None:
-                summary["evaluation"] = counts.scores.report()
             self.store.put(SUCCESS, json.dumps(summary, indent=1).encode())
         return counts
 
@@ -299,6 +296,15 @@ def check_output(store: Store, semantic: Mapping[str, object]) -> None:
                     "wrote",
                     "choose an empty folder",
                 )
+
+
+def success_counts(counts: Counts) -> dict[str, object]:
+    """The counts as ``_SUCCESS`` holds them: with a report of the scores where there are some."""
+    found: dict[str, object] = asdict(counts)
+    del found["scores"]
+    if counts.scores is not None:
+        found["evaluation"] = counts.scores.report()
+    return found
 
 
 def find_run(store: Store) -> str | None:

@@ -6,15 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.data.layout import FOLDER, SUCCESS, part_name, run_folder
-from batchrun.data.parts import RUN_KEY
+from batchrun.data.parts import RUN_KEY, part_from_json
 from batchrun.data.plan import count_rows, read_plan
-from batchrun.data.run import RunDirectory, find_run
+from batchrun.data.run import RunDirectory, find_run, success_counts
 from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
 from batchrun.errors import BatchrunError, OutputError
@@ -165,15 +165,16 @@ def _check_success(
         return
     if not complete:
         yield f"{SUCCESS}: is there although shards have no part"
+    expected = json.loads(json.dumps(success_counts(counts)))
     try:
         said = json.loads(data)
         manifest = json.loads(store.read(said["manifest"]) or b"null")
-        listed = manifest["parts"]
-        told = {key: said[key] for key in asdict(counts)}
+        listed = [part_from_json(json.dumps(item).encode()) for item in manifest["parts"]]
+        told = {key: said[key] for key in expected}
     except (ValueError, TypeError, KeyError) as error:
         yield f"{SUCCESS}: it, or the manifest that it names, is damaged ({error!r})"
         return
-    if told != asdict(counts):
+    if told != expected:
         yield f"{SUCCESS}: its counts are not those of the parts"
-    if listed != json.loads(json.dumps([asdict(parts[number]) for number in sorted(parts)])):
+    if listed != [parts[number] for number in sorted(parts)]:
         yield f"{said['manifest']}: does not list the parts as they were committed"

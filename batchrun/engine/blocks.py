@@ -6,20 +6,20 @@ from collections.abc import Iterable
 
 
 class Pool:
-    """Indices 1 … size-1 that are each free or held once. Index 0 is the scratch one: padding
+    """Indices first … end-1 that are each free or held once. Index 0 is the scratch one: padding
     points to it and no sequence ever holds it."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, end: int, first: int = 1) -> None:
         """``name`` is what errors call one index, e.g. ``slot``."""
         self._name = name
-        self._size = size
-        self._free = list(range(size - 1, 0, -1))
+        self._range = range(first, end)
+        self._free = list(reversed(self._range))
         self._held: set[int] = set()
 
     @property
     def num_total(self) -> int:
         """How many indices can be held."""
-        return self._size - 1
+        return len(self._range)
 
     @property
     def num_free(self) -> int:
@@ -63,5 +63,5 @@ class Pool:
             raise RuntimeError(f"a {self._name} is held twice")
         if set(held) != self._held:
             raise RuntimeError(f"{self._name}: held {sorted(self._held)}, known {sorted(held)}")
-        if sorted([*self._free, *self._held]) != list(range(1, self._size)):
+        if sorted([*self._free, *self._held]) != list(self._range):
             raise RuntimeError(f"{self._name}: indices are lost or doubled")

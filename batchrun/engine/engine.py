@@ -11,10 +11,12 @@ import torch
 
 from batchrun.engine.blocks import Pool
 from batchrun.engine.chat import ChatTemplate
+from batchrun.engine.forecast import Forecast
 from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, MemoryRequest, plan_memory
 from batchrun.engine.model_runner import ModelRunner
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
+from batchrun.engine.prefix import PrefixStates
 from batchrun.engine.request import Output, Request, Timings
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sequence import Sequence
@@ -30,11 +32,15 @@ from batchrun.records import ErrorKind, FinishReason, RowError
 
 _SMALL_BYTES = 64 << 20
 """Weights of a model that one thread runs best."""
+_PATIENCE = 4
+"""How often the whole engine may be filled with later requests before an earlier one."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Facts for metrics. Slots and blocks now; the others since the engine was loaded."""
+    """Facts for metrics. Slots and blocks now, without those of snapshots; the others since the
+    engine was loaded. ``prompt_tokens`` were computed, ``prefix_tokens`` are the other tokens of
+    prompts: they came with the state that another prompt with the same beginning had left."""
 
     slots_used: int
     slots_total: int
@@ -46,6 +52,7 @@ class EngineStats:
     step_seconds: float
     last_step_seconds: float
     prompt_tokens: int
+    prefix_tokens: int
     sampled_tokens: int
     forced_tokens: int
 
@@ -93,15 +100,31 @@ class Engine:
         self._output_bytes = (
             [b""] * vocab_size if tokenizer is None else tokenizer.output_bytes(vocab_size)
         )
-        self._slots = Pool("slot", plan.num_slots)
-        self._blocks = Pool("block", plan.num_blocks)
+        end_slot = plan.num_slots - plan.num_snapshots
+        end_block = plan.num_blocks - plan.num_snapshot_blocks
+        uses_blocks = plan.blocks_per_sequence > 0
+        self._slots = Pool("slot", end_slot)
+        self._blocks = Pool("block", end_block)
+        prefixes = None
+        if plan.num_snapshots:
+            prefixes = PrefixStates(
+                Pool("snapshot slot", plan.num_slots, end_slot),
+                Pool("snapshot block", plan.num_blocks, end_block),
+                block_size=BLOCK_SIZE,
+                uses_blocks=uses_blocks,
+            )
+        self._forecast = Forecast(options.max_batch_tokens)
         self._scheduler = Scheduler(
             self._slots,
             self._blocks,
             block_size=BLOCK_SIZE,
-            uses_blocks=plan.blocks_per_sequence > 0,
+            uses_blocks=uses_blocks,
             max_batch_tokens=options.max_batch_tokens,
             deterministic=options.deterministic,
+            forecast=self._forecast,
+            # One sequence after the other takes as long in any order.
+            patience=0 if options.deterministic else _PATIENCE * plan.max_sequences,
+            prefixes=prefixes,
         )
         self._sequences: dict[Hashable, dict[int, Sequence]] = {}
         self._ready: list[Output] = []
@@ -109,6 +132,7 @@ class Engine:
         self._step_seconds = 0.0
         self._last_step_seconds = 0.0
         self._prompt_tokens = 0
+        self._prefix_tokens = 0
         self._sampled_tokens = 0
         self._forced_tokens = 0
 
@@ -152,6 +176,7 @@ class Engine:
                 max_model_len=options.max_model_len,
                 max_sequences=options.max_sequences,
                 most_sequences=options.most_sequences,
+                most_snapshots=options.most_snapshots,
             ),
         )
         model: NemotronH = load_model(folder, config, dtype, device)
@@ -178,6 +203,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests that have no slot yet."""
         return self._scheduler.num_waiting
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of the requests that have no slot yet, as they lie in memory."""
+        return self._scheduler.num_waiting_tokens
 
     @property
     def num_running(self) -> int:
@@ -257,6 +287,14 @@ class Engine:
             sum(s.transcript.max_tokens for s in sequences),
         )
 
+    def is_running(self, key: Hashable) -> bool:
+        """Whether a sample of a key has its slot."""
+        return any(s.slot is not None for s in self._sequences.get(key, {}).values())
+
+    def forget_prefixes(self) -> None:
+        """Drop the states of shared beginnings, those being made too. What runs goes on."""
+        self._scheduler.forget_prefixes()
+
     def step(self) -> list[Output]:
         """Schedule, run, sample; the outputs of the sequences that ended."""
         started = time.monotonic()
@@ -266,7 +304,8 @@ class Engine:
             return outputs
         for sequence in step.admitted:
             sequence.admitted_at = started
-            self._prompt_tokens += len(sequence.request.prompt_token_ids)
+            self._prompt_tokens += len(sequence.request.prompt_token_ids) - sequence.num_cached
+            self._prefix_tokens += sequence.num_cached
         next_tokens = self.runner.run(step)
         now = time.monotonic()
         ended: set[Sequence] = set()
@@ -276,12 +315,15 @@ class Engine:
                 sequence.first_token_at = now
             if not token.is_finite:
                 ended.add(sequence)
+                # Whether its state was broken already when it was copied nobody knows.
+                self.forget_prefixes()
                 error = RowError(ErrorKind.ENGINE, "the model's logits are not finite numbers")
                 outputs.append(_error_output(sequence.request, error))
                 continue
             sequence.append(token.token_id, token.logprob)
             if sequence.transcript.finish_reason is not None:
                 ended.add(sequence)
+                self._forecast.observe(sequence)
                 outputs.append(_output(sequence, now))
         self._sampled_tokens += len(next_tokens)
         if ended:
@@ -304,6 +346,7 @@ class Engine:
             step_seconds=self._step_seconds,
             last_step_seconds=self._last_step_seconds,
             prompt_tokens=self._prompt_tokens,
+            prefix_tokens=self._prefix_tokens,
             sampled_tokens=self._sampled_tokens,
             forced_tokens=self._forced_tokens,
         )
@@ -379,6 +422,7 @@ def _output(sequence: Sequence, now: float) -> Output:
         thinking_budget_hit=transcript.budget_hit,
         logprobs=tuple(transcript.logprobs) if with_logprobs else None,
         prompt_tokens=len(request.prompt_token_ids),
+        prefix_tokens=sequence.num_cached,
         timings=Timings(
             queued_s=(sequence.admitted_at or now) - sequence.added_at,
             first_token_s=(sequence.first_token_at or now) - sequence.added_at,

@@ -11,7 +11,9 @@ BLOCK_SIZE = 32
 """Tokens in a block of keys and values."""
 _USUAL_TOKENS = 2048
 """How long a sequence is taken to be where the number of slots is left to us: more of them would
-find no blocks, fewer would leave memory unused."""
+find no blocks, fewer would leave memory unused. Snapshots are given room for as much each."""
+_SEQUENCES_PER_SNAPSHOT = 16
+"""A snapshot takes the place of a sequence, and most jobs have one beginning for all rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,9 @@ class MemoryRequest:
     ``memory_bytes`` is for everything: weights, activations, state. ``num_forced`` tokens a
     sequence may be added beyond its length. ``max_model_len`` None asks for the checkpoint's, as
     far as one sequence fits; ``max_sequences`` None for what fits, up to ``most_sequences``.
+    ``most_snapshots`` of shared prompt beginnings are kept at most, one for every 16
+    sequences but at least one, and fewer where they would cost length or more than one in 16 of
+    the sequences.
     """
 
     memory_bytes: int
@@ -32,18 +37,21 @@ class MemoryRequest:
     max_model_len: int | None = None
     max_sequences: int | None = None
     most_sequences: int = 64
+    most_snapshots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The division. ``num_slots`` and ``num_blocks`` include the scratch ones; the ``*_bytes`` add
-    up to what will be used."""
+    """The division. ``num_slots`` and ``num_blocks`` include the scratch ones and, as the last of
+    them, those of the snapshots; the ``*_bytes`` add up to what will be used."""
 
     max_model_len: int
     max_sequences: int
     num_slots: int
     num_blocks: int
     blocks_per_sequence: int
+    num_snapshots: int
+    num_snapshot_blocks: int
     weight_bytes: int
     activation_bytes: int
     slot_bytes: int
@@ -65,6 +73,21 @@ def plan_memory(config: ModelConfig, request: MemoryRequest) -> MemoryPlan:
 
     :raises CheckpointError: the model, or one sequence of the length asked for, does not fit.
     """
+    plain = _divide(config, request, 0)
+    usual = max(1, plain.max_sequences // _SEQUENCES_PER_SNAPSHOT)
+    for num_snapshots in range(min(request.most_snapshots, usual), 0, -1):
+        try:
+            plan = _divide(config, request, num_snapshots)
+        except CheckpointError:
+            continue
+        lost = plain.max_sequences - plan.max_sequences
+        is_cheap = lost <= plain.max_sequences // _SEQUENCES_PER_SNAPSHOT
+        if is_cheap and plan.max_model_len == plain.max_model_len:
+            return plan
+    return plain
+
+
+def _divide(config: ModelConfig, request: MemoryRequest, num_snapshots: int) -> MemoryPlan:
     slot_bytes = (
         config.conv_state_elements * request.dtype_bytes
         + config.ssm_state_elements * request.state_dtype_bytes
@@ -74,8 +97,11 @@ def plan_memory(config: ModelConfig, request: MemoryRequest) -> MemoryPlan:
     logit_bytes = config.vocab_size * 24
     sequence_bytes = slot_bytes + logit_bytes
     pass_bytes = request.max_batch_tokens * _token_bytes(config)
+    kept_tokens = min(_USUAL_TOKENS, request.max_model_len or config.max_position_embeddings)
+    snapshot_blocks = num_snapshots * _blocks(kept_tokens, 0) if block_bytes else 0
     # One scratch slot and one scratch block beside the sequences'.
     left = request.memory_bytes - request.weight_bytes - pass_bytes - slot_bytes - block_bytes
+    left -= num_snapshots * slot_bytes + snapshot_blocks * block_bytes
     if left < sequence_bytes + block_bytes:
         needed = pass_bytes + slot_bytes + sequence_bytes + 2 * block_bytes
         raise CheckpointError(
@@ -99,9 +125,11 @@ def plan_memory(config: ModelConfig, request: MemoryRequest) -> MemoryPlan:
     return MemoryPlan(
         max_model_len=max_model_len,
         max_sequences=max_sequences,
-        num_slots=max_sequences + 1,
-        num_blocks=num_blocks + 1,
+        num_slots=max_sequences + 1 + num_snapshots,
+        num_blocks=num_blocks + 1 + snapshot_blocks,
         blocks_per_sequence=per_sequence,
+        num_snapshots=num_snapshots,
+        num_snapshot_blocks=snapshot_blocks,
         weight_bytes=request.weight_bytes,
         activation_bytes=pass_bytes + max_sequences * logit_bytes,
         slot_bytes=slot_bytes,

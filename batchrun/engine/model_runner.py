@@ -45,8 +45,8 @@ class ModelRunner:
         self.state = State.allocate(
             model.config, plan.num_slots, plan.num_blocks, BLOCK_SIZE, dtype, state_dtype, device
         )
-        self._sampler = Sampler(plan.num_slots, model.config.vocab_size, device)
-        shape = (plan.num_slots, max(1, plan.blocks_per_sequence))
+        self._sampler = Sampler(plan.max_sequences + 1, model.config.vocab_size, device)
+        shape = (plan.max_sequences + 1, max(1, plan.blocks_per_sequence))
         self._tables = torch.zeros(shape, dtype=torch.int64, device=device)
         self._uses_blocks = plan.blocks_per_sequence > 0
 
@@ -100,6 +100,7 @@ class ModelRunner:
             sequence.num_context += 1
         for chunk in prefills:
             chunk.sequence.num_context += chunk.num_tokens
+            self._keep(chunk.sequence)
         return self._sample(logits, sampled) if sampled else []
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[NextToken]:
@@ -133,7 +134,8 @@ class ModelRunner:
         ]
 
     def _admit(self, sequence: Sequence) -> None:
-        """Set up the sequence's slot; whatever the last one left there is overwritten."""
+        """Set up the sequence's slot; whatever the last one left there is overwritten, or is not
+        read because the sequence starts from nothing."""
         slot = sequence.slot or 0
         request = sequence.request
         self._tables[slot] = 0
@@ -142,3 +144,16 @@ class ModelRunner:
         self._sampler.admit(
             slot, request.params, stream_key(request.seed, request.sample), sequence.tokens
         )
+        source = sequence.source
+        if source is not None:
+            blocks = sequence.blocks[: len(source.blocks)]
+            self.state.copy(source.slot, source.blocks, slot, blocks)
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Copy out the sequence's state if this is where its snapshot was to be made."""
+        snapshot = sequence.snapshot
+        if snapshot is not None and sequence.num_context == snapshot.num_tokens:
+            blocks = sequence.blocks[: len(snapshot.blocks)]
+            self.state.copy(sequence.slot or 0, blocks, snapshot.slot, snapshot.blocks)
+            snapshot.is_ready = True
+            sequence.snapshot = None

@@ -27,7 +27,9 @@ class EngineOptions:
     ``deterministic`` makes the results of a sequence equal to the byte whatever runs beside it, at
     a cost in speed. ``memory_bytes`` bounds what the engine uses; None = what is free, on a CPU
     half of it. ``num_threads`` is torch's; None leaves it as it is. A small model on a CPU runs on
-    one thread whatever it says.
+    one thread whatever it says. ``prefix_states`` keeps the states of prompt beginnings that many
+    prompts share, so that they are computed once; with ``deterministic`` it is off, because where
+    a prompt is cut would depend on what else the engine has seen.
 
     :raises RequestError: a value that is not one of those named.
     """
@@ -41,6 +43,7 @@ class EngineOptions:
     device: str = "auto"
     memory_bytes: int | None = None
     num_threads: int | None = None
+    prefix_states: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dtype", "state_dtype"):
@@ -79,6 +82,11 @@ class EngineOptions:
     def most_sequences(self) -> int:
         """Beyond so many at once a step only gets longer."""
         return 256 if self.torch_device.type == "cuda" else 64
+
+    @property
+    def most_snapshots(self) -> int:
+        """How many states of shared prompt beginnings are kept at most."""
+        return 8 if self.prefix_states and not self.deterministic else 0
 
     def free_memory_bytes(self) -> int:
         """What the engine may use where nobody said."""

@@ -50,8 +50,9 @@ class Output:
     ``text`` is the completion, ``reasoning`` the trace before ``</think>`` (None when there is
     none). ``token_ids`` are all tokens after the prompt, forced ones included; ``logprobs``, when
     asked for, has one entry a token, None for a forced one. ``num_reasoning_tokens`` and
-    ``num_completion_tokens`` count sampled tokens, so forced ones are in neither. ``error`` is set
-    exactly when ``finish_reason`` is ``error``.
+    ``num_completion_tokens`` count sampled tokens, so forced ones are in neither. ``prefix_tokens``
+    of the ``prompt_tokens`` came with the state of another prompt that begins alike; how many
+    depends on what ran before. ``error`` is set exactly when ``finish_reason`` is ``error``.
     """
 
     key: Hashable
@@ -65,6 +66,7 @@ class Output:
     thinking_budget_hit: bool = False
     logprobs: tuple[float | None, ...] | None = None
     prompt_tokens: int = 0
+    prefix_tokens: int = 0
     timings: Timings = Timings()
     error: RowError | None = None
 

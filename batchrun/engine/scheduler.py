@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from batchrun.engine.blocks import Pool
+from batchrun.engine.forecast import Forecast
+from batchrun.engine.prefix import PrefixStates
 from batchrun.engine.sequence import Sequence
+
+_MAX_PASSED = 64
+"""Waiting sequences looked at in a step that cannot go now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +43,16 @@ class Step:
 
 
 class Scheduler:
-    """First come, first served, over two resources: state slots and blocks.
+    """The longest first, over two resources: state slots and blocks.
+
+    Of those that wait, the one with the most expected work goes first, so that a run does not end
+    with one long row on an idle machine; what does not fit into the free blocks lets others pass.
+    But only so many of later arrival pass a sequence: then it is the next, and everybody waits
+    until it fits. Without a forecast or with a ``patience`` of 0 that is first come, first served.
 
     A sequence is admitted when a slot and the blocks of all the tokens it can come to hold are
     free, so nothing that runs ever has to stop. Every step takes all decoding sequences, then
-    forced tokens, then prompts in order of arrival as far as ``max_batch_tokens`` goes.
+    forced tokens, then prompts in order of admission as far as ``max_batch_tokens`` goes.
 
     With ``deterministic`` the chunks of a prompt end at multiples of ``max_batch_tokens`` and a
     step prefills one sequence, so that no shape depends on the neighbours.
@@ -55,15 +67,30 @@ class Scheduler:
         uses_blocks: bool,
         max_batch_tokens: int,
         deterministic: bool = False,
+        forecast: Forecast | None = None,
+        patience: int = 0,
+        prefixes: PrefixStates | None = None,
     ) -> None:
-        """``block_size`` in tokens; ``uses_blocks`` is False for a model without attention."""
+        """``block_size`` in tokens; ``uses_blocks`` is False for a model without attention.
+
+        ``patience`` is how many of later arrival may pass a sequence. With ``prefixes``, sequences
+        start from states that others have computed, and wait for those that are being made.
+        """
         self._slots = slots
         self._blocks = blocks
         self._block_size = block_size
         self._uses_blocks = uses_blocks
         self._max_batch_tokens = max_batch_tokens
         self._deterministic = deterministic
-        self._waiting: deque[Sequence] = deque()
+        self._forecast = forecast
+        self._patience = 0 if forecast is None else patience
+        self._prefixes = prefixes
+        self._version = 0
+        self._num_arrived = 0
+        self._num_waiting_tokens = 0
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # by arrival
+        self._longest: list[tuple[int, int]] = []  # heap of (-rank, arrival); some have gone
+        self._ahead: list[int] = []  # arrivals that passed the one that waits longest, ascending
         self._running: list[Sequence] = []
 
     @property
@@ -76,9 +103,21 @@ class Scheduler:
         """Sequences with a slot."""
         return len(self._running)
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that the waiting sequences hold in memory."""
+        return self._num_waiting_tokens
+
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue."""
-        self._waiting.append(sequence)
+        self._num_arrived += 1
+        self._num_waiting_tokens += len(sequence.tokens)
+        sequence.arrival = self._num_arrived
+        self._waiting[sequence.arrival] = sequence
+        if self._prefixes is not None:
+            self._prefixes.add(sequence)
+        if self._forecast is not None and self._patience:
+            heappush(self._longest, (-self._forecast.rank(sequence), sequence.arrival))
 
     def schedule(self) -> Step:
         """The next step; admits what fits. Empty when nothing waits or runs."""
@@ -98,17 +137,26 @@ class Scheduler:
         for sequence in (*forced, *prompts):
             left -= self._prefill(sequence, left, prefills)
         admitted: list[Sequence] = []
-        while left > 0 and self._waiting and self._fits(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            self._admit(sequence)
-            admitted.append(sequence)
-            left -= self._prefill(sequence, left, prefills)
+        passed: list[tuple[int, int]] = []
+        self._reorder()
+        while left > 0 and (picked := self._next(passed)) is not None:
+            self._admit(picked)
+            admitted.append(picked)
+            if picked.is_decoding:  # all but the last token came from a snapshot
+                decodes.append(picked)
+                left -= 1
+            else:
+                left -= self._prefill(picked, left, prefills)
+        for entry in passed:
+            heappush(self._longest, entry)
         return Step(tuple(decodes), tuple(prefills), tuple(admitted))
 
     def finish(self, ended: Collection[Sequence]) -> None:
         """Take running sequences out and free what they hold."""
         for sequence in ended:
             if sequence.slot is not None:
+                if self._prefixes is not None:
+                    self._prefixes.leave(sequence)
                 self._slots.free((sequence.slot,))
                 self._blocks.free(sequence.blocks)
                 sequence.slot, sequence.blocks = None, ()
@@ -116,9 +164,19 @@ class Scheduler:
 
     def abort(self, sequences: Collection[Sequence]) -> None:
         """Take sequences out, whether they wait or run."""
-        if any(s.slot is None for s in sequences):
-            self._waiting = deque(s for s in self._waiting if s not in sequences)
+        for sequence in sequences:
+            if sequence.slot is None and self._waiting.pop(sequence.arrival, None) is not None:
+                self._num_waiting_tokens -= len(sequence.tokens)
+                if self._prefixes is not None:
+                    self._prefixes.cancel(sequence)
         self.finish(sequences)
+
+    def forget_prefixes(self) -> None:
+        """Start nothing from the snapshots that are there or being made."""
+        if self._prefixes is not None:
+            for sequence in self._running:
+                self._prefixes.leave(sequence)
+            self._prefixes.clear()
 
     def check_integrity(self) -> None:
         """Check that the pools and the running sequences agree.
@@ -127,6 +185,8 @@ class Scheduler:
         """
         self._slots.check_integrity(s.slot for s in self._running if s.slot is not None)
         self._blocks.check_integrity(block for s in self._running for block in s.blocks)
+        if self._prefixes is not None:
+            self._prefixes.check_integrity(self._running)
 
     def _prefill(self, sequence: Sequence, left: int, prefills: list[Chunk]) -> int:
         """Append the sequence's next chunk; returns how much of what is left it takes."""
@@ -136,13 +196,52 @@ class Scheduler:
             prefills.append(Chunk(sequence, min(sequence.num_pending, self._max_batch_tokens)))
             return left
         num_tokens = min(sequence.num_pending, left)
+        if sequence.snapshot is not None:
+            num_tokens = min(num_tokens, sequence.snapshot.num_tokens - sequence.num_context)
         prefills.append(Chunk(sequence, num_tokens))
         return num_tokens
+
+    def _next(self, passed: list[tuple[int, int]]) -> Sequence | None:
+        """The waiting sequence to be admitted now, if any fits. ``passed`` takes the entries of
+        those that have to wait on, for all calls of one step."""
+        if not self._waiting or not self._slots.num_free:
+            return None
+        oldest = next(iter(self._waiting.values()))
+        del self._ahead[: bisect_left(self._ahead, oldest.arrival)]
+        if len(self._ahead) >= self._patience:
+            return oldest if self._fits(oldest) else None
+        while self._longest and len(passed) < _MAX_PASSED:
+            entry = heappop(self._longest)
+            sequence = self._waiting.get(entry[1])
+            if sequence is None:
+                continue
+            is_held = self._prefixes is not None and self._prefixes.is_held(sequence)
+            if self._fits(sequence) and not is_held:
+                return sequence
+            passed.append(entry)
+        return None
+
+    def _reorder(self) -> None:
+        """Put the waiting in order again when more is known, or when most entries have gone."""
+        forecast = self._forecast
+        if forecast is None or not self._patience:
+            return
+        if self._version == forecast.version and len(self._longest) < 2 * len(self._waiting) + 64:
+            return
+        self._version = forecast.version
+        self._longest = [(-forecast.rank(s), s.arrival) for s in self._waiting.values()]
+        heapify(self._longest)
 
     def _fits(self, sequence: Sequence) -> bool:
         return self._slots.num_free > 0 and self._blocks.num_free >= self._num_blocks(sequence)
 
     def _admit(self, sequence: Sequence) -> None:
+        del self._waiting[sequence.arrival]
+        self._num_waiting_tokens -= len(sequence.tokens)
+        if self._patience:
+            insort(self._ahead, sequence.arrival)
+        if self._prefixes is not None:
+            self._prefixes.admit(sequence)
         (sequence.slot,) = self._slots.allocate(1)
         sequence.blocks = self._blocks.allocate(self._num_blocks(sequence))
         self._running.append(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchrun.engine.request import Request
+from batchrun.engine.snapshot import Mark, Snapshot
 from batchrun.engine.transcript import Transcript
 
 
@@ -20,14 +21,18 @@ class Sequence:
     __slots__ = (
         "added_at",
         "admitted_at",
+        "arrival",
         "blocks",
         "first_token_at",
+        "marks",
         "num_context",
         "num_given",
         "num_replayed",
         "num_reserved",
         "request",
         "slot",
+        "snapshot",
+        "source",
         "tokens",
         "transcript",
     )
@@ -46,9 +51,21 @@ class Sequence:
         self.num_context = 0
         self.slot: int | None = None
         self.blocks: tuple[int, ...] = ()
+        self.arrival = 0
+        """Its number in the queue, counted since the scheduler was made."""
+        self.marks: tuple[Mark, ...] = ()
+        self.source: Snapshot | None = None
+        """The snapshot that its state was copied from when it got its slot."""
+        self.snapshot: Snapshot | None = None
+        """The snapshot that its state is to be copied to when it holds so many tokens."""
         self.added_at = added_at
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompt that it did not have to compute."""
+        return 0 if self.source is None else self.source.num_tokens
 
     @property
     def num_pending(self) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from batchrun.model.config import ModelConfig
+
+_BLOCKS_AT_ONCE = 64
+"""Blocks copied at once: they are gathered first, and that takes their size in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,25 @@ class State:
             keys=torch.zeros(kv_shape, dtype=dtype, device=device),
             values=torch.zeros(kv_shape, dtype=dtype, device=device),
         )
+
+    def copy(
+        self, slot: int, blocks: Sequence[int], to_slot: int, to_blocks: Sequence[int]
+    ) -> None:
+        """Copy what a slot and its blocks hold, all of it: a part of a state is no state.
+
+        ``to_blocks`` are as many as ``blocks``. Of the last block everything is copied, the rows
+        behind the sequence's last token too; they are written before they are read.
+        """
+        if len(blocks) != len(to_blocks):
+            raise ValueError(f"{len(blocks)} blocks cannot be copied to {len(to_blocks)}")
+        self.conv[:, to_slot].copy_(self.conv[:, slot])
+        self.ssm[:, to_slot].copy_(self.ssm[:, slot])
+        device = self.keys.device
+        for at in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            source = torch.tensor(blocks[at : at + _BLOCKS_AT_ONCE], device=device)
+            target = torch.tensor(to_blocks[at : at + _BLOCKS_AT_ONCE], device=device)
+            for pool in (self.keys, self.values):
+                pool.index_copy_(1, target, pool.index_select(1, source))
 
     @property
     def num_slots(self) -> int:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchrun
+from batchrun.cli.runner import summary_text
 from batchrun.coordinator import OutcomeKind
 from batchrun.data.lock import RunLock
 from batchrun.data.status import discard, read_status
@@ -61,6 +62,22 @@ def test_rows_in_are_rows_out(work: Work) -> None:
     assert right >= 57
     success = json.loads((work.folder / "out" / "_SUCCESS").read_text())
     assert (success["rows"], success["failed_rows"], success["parts"]) == (60, 0, 3)
+
+
+def test_a_system_prompt_is_computed_once(work: Work) -> None:
+    """The end of the run says what that saved; the answers are those of a deterministic run, in
+    which every row computes all of its prompt."""
+    work.write("a", sums(40))
+    given = {"system": "Answer the question, and show how you came to the answer. " * 3}
+    summary = batchrun.run(work.raw(input=given))
+    num_tokens = sum(int(str(row["prompt_tokens"])) for row in work.rows())
+    assert num_tokens / 2 < summary.prefix_tokens < num_tokens
+    assert f"{summary.prefix_tokens:,} tokens of prompts were not comp" in summary_text(summary)
+    assert summary.to_json()["prefix_tokens"] == summary.prefix_tokens
+    alone = batchrun.run(work.raw("alone", input=given), deterministic=True)
+    assert alone.prefix_tokens == 0
+    assert "were not computed again" not in summary_text(alone)
+    assert work.rows("alone") == work.rows()
 
 
 def test_parts_say_where_they_come_from(work: Work) -> None:

@@ -16,6 +16,7 @@ from batchrun.data.shards import plan_shards
 from batchrun.data.writer import PartFile, PartFormat
 from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
+from batchrun.engine.request import Output
 from batchrun.errors import ShardError, StorageError
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource
@@ -273,6 +274,50 @@ def test_slow_rows_time_out(setup: MakeSetup) -> None:
     assert quick["completion"] == "8"
 
 
+def test_time_in_the_queue_is_not_the_rows(
+    setup: MakeSetup, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that wait longer than row_timeout_s for the others before them are answered."""
+    step, now = engine.step, 0.0
+
+    def slow_step() -> list[Output]:
+        nonlocal now
+        now += 1.0
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow_step)
+    made = setup([sums(40)], {"errors": {"row_timeout_s": 100}})
+    monkeypatch.setattr(made.pipeline, "_clock", lambda: now)
+    reports = made.run()
+    assert now > 150  # five rows on each sequence of the engine, of 30 steps and more
+    assert made.published[0].column("error").null_count == 40
+    seconds = [r.metrics.histograms.get(("batchrun_row_seconds", ())) for r in reports]
+    assert sum(sum(item.counts) for item in seconds if item is not None) == 40
+
+
+def test_rows_are_read_ahead_as_far_as_memory_allows(
+    setup: MakeSetup, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen times what the engine runs, for the sake of the order; only a little more than it
+    runs when texts are long, or when carried columns are."""
+    made = setup([sums(200)])
+
+    def num_read() -> int:
+        made.pipeline.start(made.lease(0))
+        made.pipeline._admit()
+        count = engine.num_unfinished
+        made.pipeline._give_up(made.pipeline._leases[0], ShardError("enough"))
+        return count
+
+    assert num_read() == 16 * 8
+    monkeypatch.setattr("batchrun.pipeline._MAX_HELD_BYTES", 1)
+    assert num_read() == 10
+    monkeypatch.undo()
+    monkeypatch.setattr("batchrun.pipeline._MAX_WAITING_TOKENS", 1000)
+    assert 10 < num_read() < 60
+    made.pipeline.close()
+
+
 def test_a_changed_file_fails_its_lease_alone(setup: MakeSetup) -> None:
     """A shard whose file changed after it was planned fails; the other shard is published."""
     made = setup([sums(20), sums(10)])
@@ -416,16 +461,28 @@ def test_a_lease_that_is_given_up_takes_its_scores_with_it(setup: MakeSetup) -> 
     assert made.published[1]["correct"].to_pylist() == [False] * 10
 
 
-def test_metrics_add_up(setup: MakeSetup) -> None:
-    """Tokens in the metrics are those of the part."""
-    made = setup([sums(12)])
+def test_metrics_add_up(setup: MakeSetup, engine: Engine) -> None:
+    """Tokens in the metrics are those of the part; tokens of prompts are either computed or not,
+    and not computed is what a system prompt of all rows says after the first of them."""
+    before = engine.stats()
+    system = "Answer the question. " * 8
+    made = setup([sums(12)], {"input": {"system": system}})
     reports = made.run()
     table = made.published[0]
-    for kind in ("prompt", "reasoning", "completion"):
-        counted = sum(
-            report.metrics.counters.get(("batchrun_tokens_total", (kind,)), 0) for report in reports
-        )
-        assert counted == sum(table.column(f"{kind}_tokens").to_pylist()) > 0
+
+    def counted(kind: str) -> float:
+        key = ("batchrun_tokens_total", (kind,))
+        return sum(report.metrics.counters.get(key, 0) for report in reports)
+
+    for kind in ("reasoning", "completion"):
+        assert counted(kind) == sum(table.column(f"{kind}_tokens").to_pylist()) > 0
+    prompts = table.column("prompt_tokens").to_pylist()
+    assert counted("prompt") + counted("prefix_cached") == sum(prompts)
+    assert counted("prefix_cached") >= 11 * 64
+    stats = engine.stats()
+    assert stats.prefix_tokens - before.prefix_tokens == counted("prefix_cached")
+    assert stats.prompt_tokens - before.prompt_tokens == counted("prompt")
+    assert reports[-1].prefix_tokens == stats.prefix_tokens
     seconds = [r.metrics.histograms.get(("batchrun_row_seconds", ())) for r in reports]
     assert sum(sum(item.counts) for item in seconds if item is not None) == 12
 

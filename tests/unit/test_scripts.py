@@ -134,3 +134,18 @@ def test_answers_of_no_run_are_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["show_answers", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="is not a folder"):
         show_answers.main()
+
+
+def test_the_prefix_benchmark_compares_two_engines() -> None:
+    """It prints the ratio with its conditions; that every token is the same is part of it."""
+    script = ROOT / "scripts" / "bench" / "prefix.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--rows", "9", "--shared", "100", "--repeat", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9 rows" in done.stdout and "tiny, cpu" in done.stdout
+    assert "every token is the same" in done.stdout.splitlines()[-1]

@@ -236,7 +236,7 @@ def test_a_corrupt_page_is_a_shard_error_naming_the_file(tmp_path: Path) -> None
     """Bytes that went bad inside the file fail the shard, not the process."""
     spoil(write(tmp_path / "a.parquet", prompts(50), use_dictionary=False), "prompt")
     (shard,), schema, _ = planned(tmp_path, PROMPT)
-    with pytest.raises(ShardError, match=r"shard 000000 \(a\.parquet\): .*a\.parquet is damaged"):
+    with pytest.raises(ShardError, match=r"^/.*/a\.parquet is damaged"):
         read_all(shard, schema)
 
 

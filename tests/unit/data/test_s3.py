@@ -120,8 +120,17 @@ def test_a_missing_bucket_is_named(s3_server: S3Server) -> None:
     with pytest.raises(OutputError, match="bucket of s3://no-such-bucket-here") as caught:
         store.probe()
     assert "create the bucket" in caught.value.hint
-    with pytest.raises(OutputError, match="bucket of s3://no-such-bucket-here"):
+    with pytest.raises(OutputError, match="bucket of s3://no-such-bucket-here/x does"):
         store.list()
+    with pytest.raises(OutputError, match="bucket of s3://no-such-bucket-here/x/_batchrun does"):
+        store.list("_batchrun/")
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "s3:///x"])
+def test_a_url_without_a_bucket_is_refused(url: str) -> None:
+    """A URL that names no bucket is an error that says so, and nothing of a library."""
+    with pytest.raises(OutputError, match="names no bucket"):
+        Store.open(url)
 
 
 @dataclass

@@ -40,3 +40,15 @@ def test_integrity_finds_what_does_not_agree() -> None:
     for wrong in ([first], [first, second, 3], [first, first, second]):
         with pytest.raises(RuntimeError):
             pool.check_integrity(wrong)
+
+
+def test_a_pool_may_begin_behind_another() -> None:
+    """Indices of one tensor in two pools that never hand out the same."""
+    first, second = Pool("slot", 4), Pool("snapshot slot", 6, 4)
+    assert (first.num_total, second.num_total) == (3, 2)
+    assert sorted(first.allocate(3)) == [1, 2, 3]
+    held = second.allocate(2)
+    assert sorted(held) == [4, 5]
+    second.check_integrity(held)
+    with pytest.raises(RuntimeError, match="snapshot slot 3 is freed but not held"):
+        second.free([3])

@@ -51,6 +51,29 @@ def test_the_parts_fit_and_one_full_sequence_finds_its_blocks(
     assert plan.max_sequences <= (max_sequences or 256)
 
 
+@pytest.mark.parametrize("gib", [19, 20, 24, 80])
+@pytest.mark.parametrize("max_sequences", [None, 1, 8, 40])
+def test_snapshots_are_in_the_plan(gib: int, max_sequences: int | None) -> None:
+    """The table still fits with them; they cost no length and at most every sixteenth sequence,
+    and where there are so many there is a snapshot."""
+    request = replace(A10, memory_bytes=gib * GIB, max_sequences=max_sequences, max_model_len=4096)
+    plain, plan = plan_memory(NANO, request), plan_memory(NANO, replace(request, most_snapshots=8))
+    assert sum(size for _, size in plan.table) <= request.memory_bytes
+    assert plan.num_slots == plan.max_sequences + 1 + plan.num_snapshots
+    assert plan.num_blocks - 1 - plan.num_snapshot_blocks >= plan.blocks_per_sequence
+    assert plan.num_snapshot_blocks * BLOCK_SIZE == plan.num_snapshots * 2048
+    share = plain.max_sequences // 16
+    assert min(1, share) <= plan.num_snapshots <= min(8, max(1, share))
+    assert plan.max_model_len == plain.max_model_len
+    assert plain.max_sequences - plan.max_sequences <= share
+
+
+def test_where_memory_is_scarce_there_are_no_snapshots() -> None:
+    """A sequence as long as it can be needs all there is."""
+    request = replace(A10, memory_bytes=int(18.5 * GIB), most_snapshots=8)
+    assert plan_memory(NANO, request) == plan_memory(NANO, replace(request, most_snapshots=0))
+
+
 def test_the_length_is_the_checkpoints_as_far_as_one_sequence_fits() -> None:
     """Reduced only when nobody asked for it; asked for, it is refused with what would fit."""
     small = replace(A10, memory_bytes=int(18.5 * GIB))

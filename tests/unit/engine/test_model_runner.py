@@ -39,7 +39,9 @@ def test_decodes_stand_before_prefills_and_only_wanted_logits_are_made(
     """One row a sequence that samples: none for the middle of a prompt."""
     engine = make_engine(random_folder, max_sequences=4, max_batch_tokens=8)
     batches = record(engine, monkeypatch)
-    run(engine, requests(3, 12))
+    short, long = requests(3, 12)
+    # More is expected of the short one, so it goes first.
+    run(engine, [replace(short, params=replace(short.params, max_tokens=9)), long])
     first, second, third = batches[:3]
     assert (first.num_decodes, first.prefill_lens, first.context_lens) == (0, (3, 5), (0, 0))
     assert first.token_ids.tolist() == [20] * 3 + [21] * 5

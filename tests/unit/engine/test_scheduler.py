@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 
 import pytest
 
 from batchrun.engine.blocks import Pool
+from batchrun.engine.forecast import Forecast
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Request
 from batchrun.engine.scheduler import Scheduler, Step
@@ -14,19 +16,27 @@ from batchrun.engine.sequence import Sequence
 from batchrun.engine.transcript import Transcript
 
 
-def sequence(key: str, num_prompt: int, *, num_reserved: int | None = None) -> Sequence:
-    """A sequence with a prompt of zeros."""
-    request = Request(key, (0,) * num_prompt, SamplingParams())
+def sequence(
+    key: str, num_prompt: int, *, num_reserved: int | None = None, max_tokens: int = 10**6
+) -> Sequence:
+    """A sequence with a prompt of zeros; token 7 ends it."""
+    request = Request(key, (0,) * num_prompt, SamplingParams(max_tokens=max_tokens))
     transcript = Transcript(
-        [b""] * 9, None, stop_ids=frozenset(), stops=(), max_tokens=10**6, min_tokens=0
+        [b""] * 9, None, stop_ids=frozenset({7}), stops=(), max_tokens=max_tokens, min_tokens=0
     )
     return Sequence(request, transcript, num_reserved=num_reserved or num_prompt + 4, added_at=0.0)
 
 
 def scheduler(
-    *, slots: int = 8, blocks: int = 100, tokens: int = 10, deterministic: bool = False
+    *,
+    slots: int = 8,
+    blocks: int = 100,
+    tokens: int = 10,
+    deterministic: bool = False,
+    forecast: Forecast | None = None,
+    patience: int = 0,
 ) -> Scheduler:
-    """A scheduler with blocks of 4 tokens."""
+    """A scheduler with blocks of 4 tokens; first come, first served without a forecast."""
     return Scheduler(
         Pool("slot", slots + 1),
         Pool("block", blocks + 1),
@@ -34,6 +44,8 @@ def scheduler(
         uses_blocks=True,
         max_batch_tokens=tokens,
         deterministic=deterministic,
+        forecast=forecast,
+        patience=patience,
     )
 
 
@@ -180,3 +192,130 @@ def test_whatever_comes_all_of_it_runs(seed: int) -> None:
         made.finish(ended)
         left -= ended
     assert not left
+
+
+def test_the_longest_goes_first() -> None:
+    """Without anything known, the one that may become longest; equals in order of arrival."""
+    made = scheduler(slots=1, forecast=Forecast(10), patience=9)
+    for key, limit in (("a", 10), ("b", 100), ("c", 10), ("d", 500), ("e", 100)):
+        made.add(sequence(key, 4, max_tokens=limit))
+    order = []
+    for _ in range(5):
+        step = made.schedule()
+        order += [s.request.key for s in step.admitted]
+        made.finish(step.admitted)
+    assert order == ["d", "b", "e", "a", "c"]
+
+
+def test_what_has_ended_changes_the_order() -> None:
+    """Those that wait already are put in order again when enough has been seen."""
+    forecast = Forecast(10)
+    made = scheduler(slots=1, forecast=forecast, patience=99)
+    for key, num_prompt in (("short", 3), ("long", 200)):
+        made.add(sequence(key, num_prompt, num_reserved=300, max_tokens=1000))
+    made.add(sequence("medium", 3, max_tokens=60))
+    for _ in range(8):  # prompts of three tokens had answers of two
+        ended = sequence("", 3, max_tokens=1000)
+        ended.append(1, None)
+        ended.append(7, None)
+        forecast.observe(ended)
+    order = []
+    for _ in range(3):
+        step = made.schedule()
+        order += [s.request.key for s in step.admitted]
+        made.finish(step.admitted)
+    assert order == ["long", "short", "medium"]
+
+
+def test_what_does_not_fit_lets_others_pass_so_many_times() -> None:
+    """A long one that lacks blocks is passed by shorter ones, up to the patience; then all wait
+    for it."""
+    made = scheduler(slots=8, blocks=10, tokens=1000, forecast=Forecast(10), patience=3)
+    first, big = sequence("first", 8), sequence("big", 30)
+    made.add(first)
+    made.schedule()
+    made.add(big)  # 9 blocks, and 7 are free
+    small = [sequence(str(n), 1, num_reserved=4, max_tokens=3) for n in range(6)]
+    for one in small:
+        made.add(one)
+    assert [s.request.key for s in made.schedule().admitted] == ["0", "1", "2"]
+    assert not made.schedule().admitted
+    made.finish({first, *small[:3]})
+    assert [s.request.key for s in made.schedule().admitted] == ["big", "3"]
+    made.check_integrity()
+
+
+def test_aborted_ones_are_not_admitted() -> None:
+    """Out of the middle of the order, and as the one that waits longest."""
+    made = scheduler(slots=1, forecast=Forecast(10), patience=2)
+    all_of_them = [sequence(str(n), 4, max_tokens=10 * (n + 1)) for n in range(5)]
+    for one in all_of_them:
+        made.add(one)
+    made.abort({all_of_them[0], all_of_them[3]})
+    order = []
+    while step := made.schedule():
+        order += [s.request.key for s in step.admitted]
+        made.finish(step.admitted)
+    assert order == ["4", "2", "1"]
+    assert made.num_waiting == made.num_waiting_tokens == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A workload that was run: its engine steps, and the most later rows that passed a row."""
+
+    steps: int
+    most_passes: int
+
+
+def work_off(made: Scheduler, forecast: Forecast, lengths: list[int], limits: list[int]) -> Ran:
+    """Run rows that end after so many tokens, all of them waiting from the beginning."""
+    rows = {
+        sequence(str(n), 20, num_reserved=1, max_tokens=limit): length
+        for n, (length, limit) in enumerate(zip(lengths, limits, strict=True))
+    }
+    for row in rows:
+        made.add(row)
+    steps, most = 0, 0
+    admitted: list[int] = []
+    while step := made.schedule():
+        steps += 1
+        for row in step.admitted:
+            most = max(most, sum(arrival > row.arrival for arrival in admitted))
+            admitted.append(row.arrival)
+        ended = set()
+        for row in step.decodes:
+            row.num_context += 1
+        for chunk in step.prefills:
+            chunk.sequence.num_context += chunk.num_tokens
+        for row in (*step.decodes, *(c.sequence for c in step.prefills)):
+            if row.num_pending == 0:
+                row.append(7 if row.transcript.num_sampled + 1 == rows[row] else 1, None)
+                if row.transcript.finish_reason is not None:
+                    ended.add(row)
+                    forecast.observe(row)
+        made.finish(ended)
+    assert len(admitted) == len(rows)
+    return Ran(steps, most)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_skewed_workload_takes_fewer_steps(seed: int) -> None:
+    """One row in twelve is twenty times as long. First come, first served leaves a long one alone
+    at the end; the longest first comes within a tenth of what the slots can do at best. And no
+    row is passed by more than the patience allows."""
+    rng = Random(seed)
+    is_long = [rng.random() < 0.08 for _ in range(300)]
+    lengths = [rng.randint(300, 500) if long else rng.randint(5, 40) for long in is_long]
+    limits = [500 if long else 50 for long in is_long]
+
+    def ran(patience: int) -> Ran:
+        forecast = Forecast(512)
+        made = scheduler(slots=16, tokens=512, forecast=forecast, patience=patience)
+        return work_off(made, forecast, lengths, limits)
+
+    first_come, longest_first = ran(0), ran(4 * 16)
+    assert first_come.most_passes == 0
+    assert longest_first.most_passes <= 4 * 16
+    assert longest_first.steps < first_come.steps
+    assert longest_first.steps < 1.1 * sum(lengths) / 16
