@@ -513,11 +513,8 @@ class _Driver:
             },
             generated_rows=generated.rows,
             generated_tokens=generated.reasoning_tokens + generated.completion_tokens,
-<<<<<<< HEAD
             sampled_tokens=sum(self._tally.sampled_tokens.values()),
-=======
             prefix_tokens=sum(self._tally.prefix_tokens.values()),
->>>>>>> 40eceb6984fdab1526dfe3193f639c3e6bf73dad
             discarded_tokens=self._tally.discarded_tokens,
             restarts=self._restarts,
             elapsed_s=now - self._started,
