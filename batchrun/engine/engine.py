@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,8 @@ _PATIENCE = 4
 class EngineStats:
     """Facts for metrics. Slots and blocks now, without those of snapshots; the others since the
     engine was loaded. ``prompt_tokens`` were computed, ``prefix_tokens`` are the other tokens of
-    prompts: they came with the state that another prompt with the same beginning had left."""
+    prompts: they came with the state that another prompt with the same beginning had left, or belong to
+    an output that was all there already."""
 
     slots_used: int
     slots_total: int
@@ -261,7 +262,9 @@ class Engine:
             added_at=time.monotonic(),
         )
         if transcript.finish_reason is not None:
-            self._ready.append(_output(sequence, sequence.added_at))
+            output = _output(sequence, sequence.added_at)
+            self._ready.append(replace(output, prefix_tokens=num_prompt))
+            self._prefix_tokens += num_prompt
             return
         self._sequences.setdefault(request.key, {})[request.sample] = sequence
         self._scheduler.add(sequence)
