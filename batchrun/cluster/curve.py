@@ -121,14 +121,16 @@ class Curve:
         return first or next(iter(errors), None)
 
     def alone_seconds(self, result: BudgetResult) -> float | None:
-        """About how long a run at this budget alone takes, without its start: its tokens at the
-        pace of the base."""
+        """About how long a run at this budget alone takes, without its start: what it took here,
+        and the tokens that it took over at the pace of the base. None where that is not known."""
         base = next((item for item in self.results if item.budget == self.base), None)
-        if base is None or not base.spent.sampled_tokens:
+        if base is None or not base.spent.sampled_tokens or not result.spent.seconds:
             return None
         counts = result.summary.counts
         tokens = counts.reasoning_tokens + counts.completion_tokens
-        return base.spent.working_seconds * tokens / base.spent.sampled_tokens
+        saved = max(0, tokens - result.spent.sampled_tokens)
+        pace = base.spent.working_seconds / base.spent.sampled_tokens
+        return result.spent.working_seconds + saved * pace
 
     def cost(self, seconds: float | None) -> float | None:
         """The price of so many seconds of all workers, each of them a GPU; None without one."""

@@ -76,20 +76,22 @@ def test_nothing_is_named_before_all_is_there() -> None:
     assert "accuracy" not in text and "|" not in text and "reasoning" in text
 
 
-def test_a_budget_alone_is_counted_at_the_pace_of_the_base() -> None:
-    """4 s for 2,000 tokens, so 2.4 s for 1,200, at two workers of 0.01 a second."""
+def test_a_budget_alone_takes_what_it_took_and_what_it_took_over() -> None:
+    """4 s for 2,000 tokens, so 2.2 s for the 1,100 of another run; two workers of 0.01 a second."""
     base = result("32", 99, 20, spent=Spent(6.0, 4.0, 2000))
     small = result("8", 97, 12, spent=Spent(0.5, 0.25, 100))
     found = curve([small, base])
-    assert found.alone_seconds(small) == pytest.approx(2.4)
+    assert found.alone_seconds(small) == pytest.approx(2.45)
     document = json.loads(json.dumps(found.to_json()))
-    assert document["budgets"][0]["alone"] == {"seconds": 2.4, "cost": 0.048}
+    assert document["budgets"][0]["alone"] == {"seconds": 2.45, "cost": 0.049}
     assert document["budgets"][1]["spent"]["cost"] == pytest.approx(0.12)
     assert (document["best"], document["cheapest"]) == ("32", "32")
     assert read_spent(document) == {
         ("8", "run-8"): Spent(0.5, 0.25, 100), ("32", "run-32"): Spent(6.0, 4.0, 2000)
     }  # fmt: skip
     damaged_ones: list[object] = [None, [], {"budgets": [{"budget": "8"}]}, {"budgets": 3}, "x"]
+    assert found.alone_seconds(base) == pytest.approx(4.0)
+    assert curve([result("8", 97, 12), base]).alone_seconds(result("8", 97, 12)) is None
     for damaged in damaged_ones:
         assert read_spent(damaged) == {}
     free = curve([small, base], price_per_worker_s=None)
