@@ -40,8 +40,8 @@ _PATIENCE = 4
 class EngineStats:
     """Facts for metrics. Slots and blocks now, without those of snapshots; the others since the
     engine was loaded. ``prompt_tokens`` were computed, ``prefix_tokens`` are the other tokens of
-    prompts: they came with the state that another prompt with the same beginning had left, or belong to
-    an output that was all there already."""
+    prompts: they came with the state that another prompt with the same beginning had left, or
+    belong to an output that was all there already."""
 
     slots_used: int
     slots_total: int

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -163,6 +166,55 @@ def test_deterministic_sweeps_are_equal_to_the_byte(work: Work) -> None:
     batchrun.run(work.raw("alone", **sections), deterministic=True)
     assert work.rows("alone") == work.rows("sweep/budget-4")
     assert not list((work.folder / "sweep").rglob("traces/*"))
+
+
+def test_sigterm_keeps_what_is_done(
+    work: Work, batchrun: Callable[..., Command], cluster: str
+) -> None:
+    """Exit code 75 in the midst of the first budget; the same command does the rest."""
+    for number in range(6):
+        work.write(str(number), sums(30, start=1 + 30 * number))
+    job = work.job_file("sweep", generation={"n": 4, "temperature": 0.7})
+    arguments = ["sweep", job, "--thinking-budget", "0,full", "--address", cluster]
+    command = batchrun(*arguments)
+    command.wait_until(lambda: len(work.parts("sweep/budget-full")) >= 1)
+    command.process.send_signal(signal.SIGTERM)
+    code, out, err = command.end(timeout_s=20)
+    assert code == 75 and "cheapest" not in out
+    assert "submit again to resume" in err and "Traceback" not in err
+    kept = len(work.parts("sweep/budget-full"))
+    assert 1 <= kept < 6 and not work.parts("sweep/budget-0")
+    code, out, err = batchrun(*arguments).end(timeout_s=90)
+    assert code == 0, err
+    assert len(work.rows("sweep/budget-0")) == len(work.rows("sweep/budget-full")) == 720
+    assert "accuracy" not in out and "cost" not in out  # neither scores nor a price
+
+
+def test_a_sweep_in_s3(work: Work, s3_server: object, cluster: str) -> None:
+    """Output, kept tokens and the document in object storage: the same rows as from disk."""
+    options = s3_server.storage_options  # type: ignore[attr-defined]
+    url = s3_server.url  # type: ignore[attr-defined]
+    work.write("a", sums(10))
+    raw = work.raw("out", output={"path": f"{url}/out", "storage_options": options})
+    curve = run_sweep(parse_job(JobSource.of_mapping(raw)), parse_budgets("4,full"))
+    assert curve.error is None
+    tokens = {int(row["completion_tokens"]) for row in remote_rows(url, options, "budget-4")}
+    assert curve.results[0].spent.sampled_tokens <= 10 * max(tokens)
+    store = Store.open(f"{url}/out", options)
+    assert json.loads(store.read("sweep.json") or b"") == curve.to_json()
+    here = parse_job(JobSource.of_mapping(work.raw("out")))
+    run_sweep(here, parse_budgets("4,full"))
+    for name in ("budget-4", "budget-full"):
+        assert remote_rows(url, options, name) == work.rows(f"out/{name}")
+
+
+def remote_rows(url: str, options: dict[str, object], name: str) -> list[dict[str, Any]]:
+    """The rows of a budget in S3."""
+    store = Store.open(f"{url}/out/{name}", options)
+    [part] = [item.path for item in store.list(recursive=False) if "part-" in item.path]
+    with store.open_file(part) as source:
+        rows: list[dict[str, Any]] = pq.read_table(source).to_pylist()
+    return rows
 
 
 def test_what_cannot_be_swept_is_refused(work: Work) -> None:
