@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from batchrun.jobfile import JobSource, KeyPath, in_order
 from batchrun.jobproblems import explain, repair, schema_of
 from batchrun.jobrules import secrets, violations
 from batchrun.logs import REDACTED, names_a_secret, redact
+from batchrun.tools import tool_problems
 from batchrun.wording import dotted, expectation, shown
 
 MAX_INT = 2**31 - 1
@@ -51,6 +54,7 @@ Override = Literal[
     "stop",
     "seed",
     "ignore_eos",
+    "tools",
 ]
 
 
@@ -162,10 +166,11 @@ class Generation(Section):
     ignore_eos: bool = False
     """Go on to max_tokens whatever the model says; for benchmarks."""
     response_format: dict[str, Any] | None = None
-    """Binds the completion: {type: json_schema, schema: …}, {type: regex, pattern: …} or
-    {type: choice, choices: […]}."""
+    """Binds the completion, never the reasoning: {type: json_schema, schema: …},
+    {type: regex, pattern: …} or {type: choice, choices: […]}."""
     tools: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
-    """Function schemas for the chat template."""
+    """Function schemas for the chat template: {type: function, function: {name, description,
+    parameters}}, or the function alone. Calls come back in `tool_calls`."""
 
     def with_overrides(self, values: Mapping[str, object]) -> Generation:
         """This, with one row's ``values`` in place of the job's.
@@ -186,6 +191,10 @@ class Generation(Section):
             raise ValueError(
                 f"answer_reserve ({reserve}) must be less than max_tokens ({changed.max_tokens})"
             )
+        for problem in tool_problems(changed.tools if "tools" in values else ()):
+            # Names below are texts of the row, which messages do not repeat.
+            known = itertools.takewhile(lambda part: part != "properties", problem.key)
+            raise ValueError(f"{dotted(('tools', *known))} {problem.message}")
         return changed
 
 
@@ -331,11 +340,26 @@ class Job(Section):
         content: dict[str, object] = {
             "model": self.model.model_dump(mode="json"),
             "input": rows,
-            "generation": self.generation.model_dump(mode="json"),
+            "generation": self._generation_content(),
         }
         if self.evaluate is not None:
             content["evaluate"] = self.evaluate.model_dump(mode="json")
         return content
+
+    def _generation_content(self) -> dict[str, object]:
+        """`generation`, with schemas as texts: the order of their keys is that of the prompt, and
+        of a completion's properties."""
+        content = self.generation.model_dump(mode="json")
+        content["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in content["tools"]]
+        bound_to = content["response_format"]
+        if bound_to is not None and "schema" in bound_to:
+            content["response_format"] = {**bound_to, "schema": json.dumps(bound_to["schema"])}
+        return content
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether rows may call functions, so that the output has the column `tool_calls`."""
+        return bool(self.generation.tools) or "tools" in self.input.overrides
 
     @property
     def model_storage_options(self) -> dict[str, object]:

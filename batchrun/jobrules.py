@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from batchrun.formats import slips
 from batchrun.logs import names_a_secret, redact
+from batchrun.tools import tool_problems
 from batchrun.wording import nearest, quoted
 
 Values = Mapping[str, Any]
@@ -64,13 +66,15 @@ def violations(job: Values) -> Iterator[Violation]:
     yield from _prompt_source(job)
     yield from _columns(job)
     yield from _tokens(job)
+    yield from _tools(job)
+    yield from _response_format(job)
     yield from _resources(job)
     yield from _output_place(job)
     yield from _evaluate(job)
 
 
 def _not_built_yet(job: Values) -> Iterator[Violation]:
-    model, generation = job["model"], job["generation"]
+    model = job["model"]
 
     def absent(key: str, what: str, hint: str) -> Violation:
         return Violation(tuple(key.split(".")), f"{what} {_ABSENT}", hint, (key,))
@@ -86,10 +90,6 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
             "write auto, or set model.dtype to bfloat16 too",
             ("model.dtype",),
         )
-    if generation["response_format"] is not None:
-        yield absent("generation.response_format", "constrained output", "delete the key")
-    if generation["tools"]:
-        yield absent("generation.tools", "tool calling", "delete the key")
     if job["schedule"] is not None:
         yield absent("schedule", "scheduling", "delete the key, and submit from cron")
     if job["errors"]["canary_rows"]:
@@ -158,6 +158,21 @@ def _tokens(job: Values) -> Iterator[Violation]:
             "lower max_tokens, or raise max_model_len",
             ("model.max_model_len",),
         )
+
+
+def _tools(job: Values) -> Iterator[Violation]:
+    for problem in tool_problems(job["generation"]["tools"]):
+        key = ("generation", "tools", *problem.key)
+        yield Violation(key, problem.message, problem.hint)
+
+
+def _response_format(job: Values) -> Iterator[Violation]:
+    written = job["generation"]["response_format"]
+    if written is None:
+        return
+    for slip in slips(written):
+        key = ("generation", "response_format", *slip.key)
+        yield Violation(key, slip.message, slip.hint, ("generation.response_format",))
 
 
 def _resources(job: Values) -> Iterator[Violation]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from batchrun.data.checkpoints import fetch
 from batchrun.engine.chat import EncodedPrompt, PromptError
@@ -14,7 +15,9 @@ from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request, Timings
 from batchrun.engine.tokenizer import Tokenizer
 from batchrun.errors import CheckpointError, RequestError
-from batchrun.records import FinishReason, Message
+from batchrun.records import FinishReason, Message, ToolCall
+from batchrun.tools import as_call, parse_calls, tool_problems
+from batchrun.wording import dotted
 
 Prompt = str | Sequence[int] | Mapping[str, object]
 """A text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}`` as in vLLM."""
@@ -27,6 +30,9 @@ TINY = "tiny"
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One sample. ``text`` is always a string; ``error`` says what failed, if anything did.
+
+    ``tool_calls`` are the functions that the model calls, of a chat with ``tools``; ``text`` is
+    what stands around them.
 
     ``token_ids`` are all tokens after the prompt, with those that were forced, whose ``logprobs``
     are None and which neither count takes in.
@@ -42,6 +48,7 @@ class CompletionOutput:
     num_completion_tokens: int
     thinking_budget_hit: bool
     error: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +127,8 @@ class LLM:
         A prompt that ends in ``<think>`` is continued with reasoning.
 
         :returns: one output a prompt, in their order.
-        :raises RequestError: a prompt is empty, not Unicode or too long (a ``ValueError``).
+        :raises RequestError: a prompt is empty, not Unicode or too long, or a response format
+            cannot be used (a ``ValueError``).
         """
         encoded = [self._encode(number, p) for number, p in enumerate(_as_prompts(prompts))]
         return self._run(encoded, sampling_params)
@@ -131,12 +139,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         reasoning: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation or each of several; ``reasoning`` wins over words in them.
 
+        ``tools`` are the functions that the model may call, as in ``generation.tools`` of a job.
+
         :returns: one output a conversation, in their order.
         :raises CheckpointError: the checkpoint has no chat template.
-        :raises RequestError: a conversation cannot be rendered or is too long.
+        :raises RequestError: a conversation cannot be rendered or is too long, a tool is no
+            function schema, or a response format cannot be used.
         """
         chat = self.engine.chat
         if chat is None:
@@ -144,14 +156,17 @@ class LLM:
                 "the checkpoint has no chat template, so it takes only prompts",
                 "use generate(), or copy the tokenizer's files from where the model came",
             )
+        functions = _functions(tools)
         encoded: list[tuple[str | None, EncodedPrompt]] = []
         for number, conversation in enumerate(_as_conversations(messages)):
+            turns = [_message(turn) for turn in conversation]
             try:
-                prompt = chat.encode([_message(m) for m in conversation], reasoning=reasoning)
+                prompt = chat.encode(turns, reasoning=reasoning, tools=functions)
             except PromptError as error:
                 raise RequestError(f"conversation {number}: {error.message}") from error
             encoded.append((prompt.text, prompt))
-        return self._run(encoded, sampling_params)
+        outputs = self._run(encoded, sampling_params)
+        return [_with_calls(output) for output in outputs] if functions else outputs
 
     def _encode(self, number: int, prompt: Prompt) -> tuple[str | None, EncodedPrompt]:
         """The text, if it was given as one, and the ids; thinking where it ends in ``<think>``."""
@@ -190,7 +205,9 @@ class LLM:
     ) -> list[RequestOutput]:
         params = _one_each(sampling_params, len(prompts))
         for number, ((_, prompt), own) in enumerate(zip(prompts, params, strict=True)):
-            error = self.engine.admission_error(len(prompt.token_ids), own)
+            error = self.engine.admission_error(
+                len(prompt.token_ids), own, thinking=prompt.thinking
+            )
             if error is not None:
                 raise RequestError(f"prompt {number}: {error.message}")
         # Keys of this call alone, so that whatever else the engine holds is not touched.
@@ -255,6 +272,32 @@ def _completion(output: Output) -> CompletionOutput:
     )
 
 
+def _functions(tools: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+    if tools is None:
+        return ()
+    if not _is_list(tools):
+        raise RequestError(f"tools must be a list of function schemas, not {type(tools).__name__}")
+    for problem in tool_problems(tools):
+        raise RequestError(f"{dotted(('tools', *problem.key))} {problem.message}", problem.hint)
+    return tools
+
+
+def _with_calls(output: RequestOutput) -> RequestOutput:
+    """The output with the tool calls of each sample taken out of its text."""
+    samples = []
+    for sample in output.outputs:
+        reply = parse_calls(sample.text)
+        if reply.calls is not None:
+            sample = replace(
+                sample,
+                text=reply.text,
+                tool_calls=list(reply.calls),
+                finish_reason=FinishReason.TOOL_CALLS,
+            )
+        samples.append(sample)
+    return replace(output, outputs=samples)
+
+
 def _is_open(text: str) -> bool:
     return text.rstrip().endswith("<think>")
 
@@ -306,11 +349,27 @@ def _message(message: object) -> Message:
         return message
     turn = message if isinstance(message, Mapping) else {}
     role, content = turn.get("role"), turn.get("content")
+    calls = _calls(turn.get("tool_calls"))
+    if calls and role != "assistant":
+        raise RequestError("only an assistant message can have tool_calls")
+    if content is None and calls:
+        content = ""
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "\n".join(map(_text_of, content))
     if not isinstance(role, str) or not isinstance(content, str):
         raise RequestError(f"a message needs a role and a content, both texts, not {message!r}")
-    return Message(role, content)
+    return Message(role, content, calls)
+
+
+def _calls(value: object) -> tuple[ToolCall, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise RequestError("tool_calls must be a list")
+    try:
+        return tuple(as_call(item) for item in value)
+    except ValueError as error:
+        raise RequestError(f"tool_calls: {error}") from error
 
 
 def _text_of(part: object) -> str:

@@ -62,6 +62,7 @@ from batchrun.records import (
     row_scores,
 )
 from batchrun.scores import Scores, Verdict
+from batchrun.tools import is_malformed, parse_calls
 
 MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
@@ -368,13 +369,18 @@ class Pipeline:
         if isinstance(prompt, RowError):
             return prompt
         try:
-            encoded = self._chat.encode(prompt.messages, reasoning=prompt.reasoning)
+            encoded = self._chat.encode(
+                prompt.messages, reasoning=prompt.reasoning, tools=prompt.tools
+            )
             params = SamplingParams(**cast(dict[str, Any], prompt.params))
         except PromptError as error:
             return error.row_error
         except RequestError as error:
             return RowError(ErrorKind.INVALID_PROMPT, error.message)
-        if refusal := self._engine.admission_error(len(encoded.token_ids), params):
+        refusal = self._engine.admission_error(
+            len(encoded.token_ids), params, thinking=encoded.thinking
+        )
+        if refusal is not None:
             return refusal
         seed = row_seed(params.seed or 0, lease.shard.path, row.index)
         return [
@@ -411,6 +417,8 @@ class Pipeline:
         completion = _completion(open_row.row, output)
         if self._format.traces and output.error is None:
             completion = replace(completion, generated=output.generated)
+        if self._format.tool_calls:
+            completion = _with_calls(completion)
         if self._judge is None or self._judge.is_quick or completion.completion is None:
             self._record(open_row, completion)
             return
@@ -450,6 +458,10 @@ class Pipeline:
             reasoning_tokens=completion.reasoning_tokens,
             completion_tokens=completion.completion_tokens,
             thinking_budget_hits=int(completion.thinking_budget_hit),
+            malformed_tool_calls=int(
+                self._format.tool_calls
+                and is_malformed(completion.completion, completion.tool_calls)
+            ),
         )
         prefix_tokens = open_row.prefix_tokens.get(completion.sample, 0)
         self._recorder.add(TOKENS, completion.prompt_tokens - prefix_tokens, kind="prompt")
@@ -557,6 +569,21 @@ def _completion(row: Row, output: Output) -> Completion:
         completion_tokens=output.num_completion_tokens,
         thinking_budget_hit=output.thinking_budget_hit,
         logprobs=output.logprobs,
+    )
+
+
+def _with_calls(completion: Completion) -> Completion:
+    """The completion with its tool calls taken out of the text, where it has any."""
+    if completion.completion is None:
+        return completion
+    reply = parse_calls(completion.completion)
+    if reply.calls is None:
+        return completion
+    return replace(
+        completion,
+        completion=reply.text,
+        tool_calls=reply.calls,
+        finish_reason=FinishReason.TOOL_CALLS,
     )
 
 

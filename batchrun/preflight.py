@@ -19,6 +19,7 @@ from batchrun.data.schema import InputColumns, InputSchema
 from batchrun.data.store import Store
 from batchrun.data.types import answer_kind
 from batchrun.engine.chat import ChatTemplate, PromptError
+from batchrun.engine.constraints import Constraints
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.errors import (
     BatchrunError,
@@ -29,6 +30,7 @@ from batchrun.errors import (
     StorageError,
 )
 from batchrun.evaluate import INSTALL_MATH, ScoreSpec, missing_library
+from batchrun.formats import ResponseFormat, slips
 from batchrun.job import Job
 from batchrun.jobfile import JobSource, KeyPath
 from batchrun.model.checkpoint import check_checkpoint, expected_tensors
@@ -198,6 +200,7 @@ class _Inspector:
         tokenizer = self._try(key, lambda: Tokenizer.load(folder))
         self._try(key, lambda: load_stop_ids(folder))
         if tokenizer is not None:
+            self._check_response_format(tokenizer, config)
             chat = self._try(key, lambda: ChatTemplate.load(folder, tokenizer))
             if chat is not None:
                 self._check_chat(chat)
@@ -236,6 +239,25 @@ class _Inspector:
                 "lower it",
             )
 
+    def _check_response_format(self, tokenizer: Tokenizer, config: ModelConfig | None) -> None:
+        """Compile it as the engine will, with the checkpoint's tokens."""
+        generation = self.job.generation
+        if generation.response_format is None or any(slips(generation.response_format)):
+            return  # what is wrong with it has been said with the rules of the job file
+        bound_to = ResponseFormat.parse(generation.response_format)
+        vocab_size = tokenizer.vocab_size if config is None else config.vocab_size
+        constraints = Constraints(tokenizer, vocab_size)
+        can_differ = "reasoning" in self.job.input.overrides
+        for thinking in {generation.reasoning, *((True, False) if can_differ else ())}:
+            reason = constraints.error(bound_to, thinking=thinking)
+            if reason is not None:
+                self._add(
+                    ("generation", "response_format", bound_to.kind.content_key),
+                    f"cannot be used: {reason}",
+                    f"mend the {bound_to.kind.content_key}",
+                )
+                return
+
     def _check_chat(self, chat: ChatTemplate) -> None:
         system = self.job.input.system
         messages = [Message("user", "Hello")]
@@ -246,6 +268,15 @@ class _Inspector:
         except PromptError as error:
             key = ("input", "system") if system is not None else ("model", "path")
             self._add(key, error.message, error.hint or "use another checkpoint")
+            return
+        tools = self.job.generation.tools
+        if not tools or not self._usable("generation.tools"):
+            return
+        try:
+            chat.encode(messages, reasoning=self.job.generation.reasoning, tools=tools)
+        except PromptError as error:
+            hint = "delete the key, or use a checkpoint that can call functions"
+            self._add(("generation", "tools"), error.message, error.hint or hint)
 
     def check_output(self) -> None:
         """Writable, with the atomic create that parts need."""

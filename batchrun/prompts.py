@@ -18,8 +18,10 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchrun.data.schema import InputColumns
+from batchrun.formats import ResponseFormat
 from batchrun.job import Generation, Job
-from batchrun.records import ErrorKind, Message, Row, RowError
+from batchrun.records import ErrorKind, Message, Row, RowError, ToolCall
+from batchrun.tools import Tool, as_call
 
 MAX_PROMPT_BYTES = 1024 * 1024
 MAX_TEMPLATE_BYTES = 64 * 1024
@@ -39,7 +41,7 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a row asks: the conversation, whether to think first, and how to sample.
+    """What a row asks: the conversation, whether to think first, what it may call, how to sample.
 
     ``params`` are keyword arguments of :class:`batchrun.engine.params.SamplingParams`, with the
     row's overrides in place; their ``seed`` is the job's (or the row's own), not yet the row's.
@@ -49,6 +51,7 @@ class Prompt:
     reasoning: bool
     params: Mapping[str, object]
     n: int
+    tools: tuple[Tool, ...] = ()
 
 
 def input_columns(job: Job) -> InputColumns:
@@ -82,6 +85,9 @@ class PromptBuilder:
     def __init__(self, job: Job) -> None:
         self._input = job.input
         self._generation = job.generation
+        written = job.generation.response_format
+        # Read once for all rows: a schema can be large, and no row has one of its own.
+        self._bound_to = None if written is None else ResponseFormat.parse(written)
         self._template: jinja2.Template | None = None
         self._names: tuple[str, ...] = ()
         self._environment: _Sandbox | None = None
@@ -102,14 +108,17 @@ class PromptBuilder:
         except _BadRowError as error:
             return error.row_error
         params = generation.model_dump(exclude={"reasoning", "response_format", "tools"})
+        params["response_format"] = self._bound_to
         if params["answer_reserve"] == "auto":
             params["answer_reserve"] = None
-        return Prompt(messages, generation.reasoning, params, generation.n)
+        return Prompt(messages, generation.reasoning, params, generation.n, generation.tools)
 
     def _generation_of(self, row: Row) -> Generation:
         values: dict[str, object] = {}
         for name in self._input.overrides:
             value = _plain(row.values.get(name))
+            if name == "tools" and isinstance(value, str):
+                value = _decoded(value, name)
             if value is not None:
                 values[name] = value
         if not values:
@@ -206,7 +215,9 @@ def _conversation(value: object, column: str) -> tuple[Message, ...]:
     if not value:
         raise _invalid(f"column {column} has no message")
     messages = tuple(_message(item, index, column) for index, item in enumerate(value))
-    if not messages[-1].content.strip():
+    # A tool may well have answered nothing; nobody else may.
+    last = messages[-1]
+    if not (last.content.strip() or last.tool_calls or last.role == "tool"):
         raise _invalid(f"column {column}: the last message is empty")
     if all(message.role == "system" for message in messages):
         raise _invalid(f"column {column} has only a system message")
@@ -238,23 +249,40 @@ def _message(item: object, index: int, column: str) -> Message:
         raise _invalid(f"{where}: unknown role; known are {', '.join(ROLES)}")
     if role == "system" and index > 0:
         raise _invalid(f"{where}: only the first message can be a system message")
-    if item.get("tool_calls"):
-        raise _invalid(f"{where}: tool calls are not available in this version")
+    calls = _calls(item.get("tool_calls"), where)
+    if calls and role != "assistant":
+        raise _invalid(f"{where}: only an assistant message can have tool calls")
+    if content is None and calls:
+        content = ""
     if content is None:
         raise _invalid(f"{where}: content is null or missing")
     if not isinstance(content, str):
         raise _invalid(f"{where}: content is not text")
-    return Message(str(role), content)
+    return Message(str(role), content, calls)
+
+
+def _calls(value: object, where: str) -> tuple[ToolCall, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise _invalid(f"{where}: tool_calls is not a list")
+    try:
+        return tuple(as_call(item) for item in value)
+    except ValueError as error:
+        raise _invalid(f"{where}, tool_calls: {error}") from None
 
 
 def _check_size(messages: Sequence[Message]) -> None:
     size = 0
-    for message in messages:
+    calls = [
+        text for m in messages for call in m.tool_calls for text in (call.name, call.arguments)
+    ]
+    for text in [*(message.content for message in messages), *calls]:
         # Characters first: they are counted for free, and are never more than the bytes.
-        if size + len(message.content) > MAX_PROMPT_BYTES:
+        if size + len(text) > MAX_PROMPT_BYTES:
             raise _too_long("the prompt")
         try:
-            size += len(message.content.encode())
+            size += len(text.encode())
         except UnicodeEncodeError:
             raise _invalid("the prompt has a lone surrogate, which is not text") from None
     if size > MAX_PROMPT_BYTES:

@@ -42,11 +42,23 @@ class RowError:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model calls; ``arguments`` is JSON, or whatever text the model gave."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. ``role`` is system, user, assistant or tool."""
+    """One turn of a conversation. ``role`` is system, user, assistant or tool.
+
+    Only an assistant has ``tool_calls``; its ``content`` may be empty then.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +133,8 @@ class Completion:
 
     Token counts are those of the output's columns; ``error`` is set exactly when
     ``finish_reason`` is ``error``, and then both texts are null. ``verdict`` is there exactly
-    when the job asks for scores, ``generated`` only where the run keeps its tokens.
+    when the job asks for scores, ``generated`` only where the run keeps its tokens. ``tool_calls``
+    are those that the completion held, and holds no more.
     """
 
     ordinal: int
@@ -138,13 +151,15 @@ class Completion:
     logprobs: tuple[float | None, ...] | None = None
     verdict: Verdict | None = None
     generated: Generated | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """Sums over rows and samples. ``rows`` counts input rows, ``failed_rows`` those among them
     of which a sample has an error; tokens are sums over samples. ``scores`` is there when the job
-    asks for them and a row has been scored."""
+    asks for them and a row has been scored. ``malformed_tool_calls`` counts samples that began a
+    tool call that is none."""
 
     rows: int = 0
     failed_rows: int = 0
@@ -153,6 +168,7 @@ class Counts:
     completion_tokens: int = 0
     thinking_budget_hits: int = 0
     scores: Scores | None = None
+    malformed_tool_calls: int = 0
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Counts:
@@ -172,6 +188,7 @@ class Counts:
             self.completion_tokens + other.completion_tokens,
             self.thinking_budget_hits + other.thinking_budget_hits,
             _both(self.scores, other.scores),
+            self.malformed_tool_calls + other.malformed_tool_calls,
         )
 
 

@@ -98,6 +98,10 @@ def summary_text(summary: Summary) -> str:
     lines.append(f"  tokens: {counts.prompt_tokens:,} of prompt, {tokens}")
     if counts.scores is not None:
         lines += [f"  {line}" for line in score_lines(counts.scores)]
+    if counts.malformed_tool_calls:
+        lines.append(
+            f"  tool calls that cannot be read, kept as text: {counts.malformed_tool_calls:,}"
+        )
     if summary.prefix_tokens:
         lines.append(
             f"  {summary.prefix_tokens:,} tokens of prompts were not computed again, "

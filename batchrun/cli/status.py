@@ -108,6 +108,8 @@ def status_text(url: str, status: RunStatus) -> str:
     ]
     if counts.scores is not None:
         lines += [f"  {line}" for line in score_lines(counts.scores)]
+    if counts.malformed_tool_calls:
+        lines.append(f"  calls   {counts.malformed_tool_calls:,} cannot be read, kept as text")
     progress = status.progress
     if status.live and progress is not None:
         eta = "--" if progress.eta_s is None else duration(progress.eta_s)

@@ -43,6 +43,7 @@ def run_checks(url: str | None, *, start_ray: bool) -> Iterator[Check]:
     yield from _guarded("ray", lambda: _ray(start_ray))
     yield from _guarded("embedded model", _model)
     yield from _guarded("object storage", lambda: _storage(url))
+    yield _license()
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
@@ -125,6 +126,17 @@ def _model() -> Iterator[Check]:
 
     check_checkpoint(find_checkpoint("tiny"))
     yield Check("embedded model", CheckState.OK, "`tiny` is complete")
+
+
+def _license() -> Check:
+    return Check(
+        "model licence",
+        CheckState.OK,
+        "`tiny` is Apache-2.0; a checkpoint that you bring has its own",
+        "NVIDIA Open Model License: pass a model on, or one made from it, only with a copy of the "
+        "agreement and its notice; outputs are not claimed; do not bypass guardrails without a "
+        "substitute. This is a summary: read the licence itself",
+    )
 
 
 def _storage(url: str | None) -> Iterator[Check]:

@@ -68,6 +68,7 @@ class CheckedJob:
             n=generation.n,
             logprobs=generation.logprobs is not None,
             correct=self.job.evaluate is not None,
+            tool_calls=self.job.has_tools,
             compression=self.job.output.compression,
             traces=self.keeps_traces,
             metadata=metadata,

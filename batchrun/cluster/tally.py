@@ -132,4 +132,5 @@ def _difference(counts: Counts, before: Counts) -> Counts:
         -before.reasoning_tokens,
         -before.completion_tokens,
         -before.thinking_budget_hits,
+        malformed_tool_calls=-before.malformed_tool_calls,
     )

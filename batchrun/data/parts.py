@@ -14,11 +14,13 @@ from batchrun.data.store import Store
 from batchrun.errors import OutputError, ShardError
 from batchrun.records import Counts, Part, Shard
 from batchrun.scores import Scores, Verdict
+from batchrun.tools import is_malformed
 
 RUN_KEY = "batchrun.run"
 MAJORITY_KEY = "batchrun.majority_correct"
 """In the footer of a part with scores: rows whose most frequent answer is right. The rest of the
 counts can be told from the part's columns, this one cannot."""
+CALLS_COLUMN = "tool_calls"
 _HASH_CHUNK_BYTES = 8 << 20
 
 
@@ -84,7 +86,23 @@ def _count(parquet: pq.ParquetFile, num_rows: int, n: int) -> Counts:
     failed = sum(any(errors[start : start + n]) for start in range(0, len(errors), n))
     prompt, reasoning, completion, hits = sums
     scores = _count_scores(parquet, n)
-    return Counts(num_rows, failed, prompt, reasoning, completion, hits, scores)
+    malformed = _count_malformed(parquet)
+    return Counts(num_rows, failed, prompt, reasoning, completion, hits, scores, malformed)
+
+
+def _count_malformed(parquet: pq.ParquetFile) -> int:
+    """Samples whose completion kept a tool call that is none."""
+    if CALLS_COLUMN not in parquet.schema_arrow.names:
+        return 0
+    count = 0
+    for batch in parquet.iter_batches(columns=["completion", CALLS_COLUMN], use_threads=False):
+        texts = batch.column(0).to_pylist()
+        has_calls = batch.column(1).is_valid().to_pylist()
+        count += sum(
+            is_malformed(text, () if calls else None)
+            for text, calls in zip(texts, has_calls, strict=True)
+        )
+    return count
 
 
 def _count_scores(parquet: pq.ParquetFile, n: int) -> Scores | None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.data.parts import MAJORITY_KEY, RUN_KEY
+from batchrun.data.parts import CALLS_COLUMN, MAJORITY_KEY, RUN_KEY
 from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
 from batchrun.data.traces import TraceWriter
 from batchrun.data.types import repeat
 from batchrun.errors import BatchrunError, StorageError
-from batchrun.records import Completion, Counts, row_scores
+from batchrun.records import Completion, Counts, ToolCall, row_scores
 from batchrun.scores import Scores
+from batchrun.tools import is_malformed
 
 # A row group is written when this many rows, or this much text, stand ready in order.
 _FLUSH_ROWS = 8192
@@ -54,6 +55,7 @@ class PartFormat:
     n: int = 1
     logprobs: bool = False
     correct: bool = False
+    tool_calls: bool = False
     compression: str = "zstd"
     traces: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -73,8 +75,11 @@ class PartFormat:
             pa.field("thinking_budget_hit", pa.bool_()),
             pa.field("error", pa.string()),
         ]
+        # Items are named as Parquet names them, so that the file reads back with the same schema.
+        if self.tool_calls:
+            call = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+            fields.append(pa.field(CALLS_COLUMN, pa.list_(pa.field("element", call))))
         if self.logprobs:
-            # Named as Parquet names it, so that the file reads back with the same schema.
             item = pa.field("element", pa.float32())
             fields.append(pa.field("logprobs", pa.list_(item)))
         if self.correct:
@@ -206,10 +211,18 @@ class PartWriter:
             completion_tokens=sum(sample.completion_tokens for sample in row),
             thinking_budget_hits=sum(sample.thinking_budget_hit for sample in row),
             scores=row_scores(row) if self._format.correct else None,
+            malformed_tool_calls=sum(
+                is_malformed(sample.completion, sample.tool_calls) for sample in row
+            )
+            if self._format.tool_calls
+            else 0,
         )
         self._ready.extend(row)
         self._ready_bytes += sum(
-            len(sample.completion or "") + len(sample.reasoning or "") for sample in row
+            len(sample.completion or "")
+            + len(sample.reasoning or "")
+            + sum(len(call.arguments) for call in sample.tool_calls or ())
+            for sample in row
         )
         if self._traces is not None:
             self._ready_bytes += sum(
@@ -233,6 +246,7 @@ class PartWriter:
             "completion_tokens": [row.completion_tokens for row in rows],
             "thinking_budget_hit": [row.thinking_budget_hit for row in rows],
             "error": [_text(row.error) for row in rows],
+            CALLS_COLUMN: [_calls(row.tool_calls) for row in rows],
             "logprobs": [row.logprobs for row in rows],
             "correct": [row.verdict and row.verdict.correct for row in rows],
         }
@@ -256,6 +270,10 @@ class PartWriter:
             f"the local disk cannot hold the part of shard {self._reader.shard.name} ({error})",
             "make room in the folder for temporary files (TMPDIR) and submit again to resume",
         )
+
+
+def _calls(calls: Sequence[ToolCall] | None) -> list[dict[str, str]] | None:
+    return None if calls is None else [asdict(call) for call in calls]
 
 
 def _text(text: str | None) -> str | None:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchrun.engine.tokenizer import Tokenizer, read_json
 from batchrun.errors import BatchrunError, CheckpointError
 from batchrun.records import ErrorKind, Message, RowError
+from batchrun.tools import Tool, as_functions
 
 _SWITCH_ON, _SWITCH_OFF = "/think", "/no_think"
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -77,6 +79,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._names = dict(names)
         self._has_switch = _SWITCH_OFF in source
+        self._takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         marks = [mark for mark in tokenizer.special_tokens if mark]
         self._marks = _any_of(marks)
         self._acted_on = _starts_of(marks)
@@ -108,21 +111,28 @@ class ChatTemplate:
                 names[name] = value
         return cls(source, tokenizer, names=names)
 
-    def encode(self, messages: Sequence[Message], *, reasoning: bool) -> EncodedPrompt:
+    def encode(
+        self, messages: Sequence[Message], *, reasoning: bool, tools: Sequence[Tool] = ()
+    ) -> EncodedPrompt:
         """Render and encode a conversation; ``reasoning`` wins over any word in it.
 
-        :raises PromptError: the template refuses the conversation (kind template), or a text is
-            no Unicode (kind invalid_prompt).
+        ``tools`` are valid function schemas (:func:`batchrun.tools.tool_problems` finds none).
+
+        :raises PromptError: the template refuses the conversation or has no place for tools (kind
+            template), or a text is no Unicode (kind invalid_prompt).
         """
+        if tools and not self._takes_tools:
+            raise PromptError("the checkpoint's chat template has no place for tools")
         for message in messages:
+            calls = [text for call in message.tool_calls for text in (call.name, call.arguments)]
             try:
-                message.content.encode()
+                "".join([message.content, *calls]).encode()
             except UnicodeEncodeError as error:
                 raise PromptError(
                     f"the {message.role} text holds lone surrogates, so it is not Unicode",
                     ErrorKind.INVALID_PROMPT,
                 ) from error
-        rendered = self._render(self._shielded(messages, reasoning), reasoning)
+        rendered = self._render(self._shielded(messages, reasoning), reasoning, tools)
         ids: list[int] = []
         last = 0
         for mark in self._marks.finditer(rendered):
@@ -136,9 +146,9 @@ class ChatTemplate:
         is_open = rendered.rfind(_OPEN, last) > rendered.rfind(_CLOSE, last)
         return EncodedPrompt(tuple(ids), reasoning and is_open, rendered.replace(_SHIELD, ""))
 
-    def _shielded(self, messages: Sequence[Message], reasoning: bool) -> list[dict[str, str]]:
+    def _shielded(self, messages: Sequence[Message], reasoning: bool) -> list[dict[str, Any]]:
         """The messages as the template gets them, the switch as a word of the system message."""
-        out = []
+        out: list[dict[str, Any]] = []
         for message in messages:
             # What an assistant said may hold the reasoning that the template cuts off, and as the
             # last message it may close the reasoning that it continues.
@@ -146,16 +156,36 @@ class ChatTemplate:
             pattern = self._acted_on if is_model else self._acted_on_or_tags
             content = pattern.sub(lambda m: m.group() + _SHIELD, message.content)
             out.append({"role": message.role, "content": content})
+            if message.tool_calls:
+                calls = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
+                out[-1]["tool_calls"] = [
+                    {"type": "function", "function": self._shielded_json(call)} for call in calls
+                ]
         if self._has_switch:
             if not out or out[0]["role"] != "system":
                 out.insert(0, {"role": "system", "content": ""})
             out[0]["content"] += _SWITCH_ON if reasoning else _SWITCH_OFF
         return out
 
-    def _render(self, messages: list[dict[str, str]], reasoning: bool) -> str:
+    def _shielded_json(self, value: object) -> object:
+        """A JSON value with every text in it, keys too, made plain for the tokenizer."""
+        match value:
+            case str():
+                return self._acted_on.sub(lambda m: m.group() + _SHIELD, value)
+            case Mapping():
+                return {self._shielded_json(k): self._shielded_json(v) for k, v in value.items()}
+            case list() | tuple():
+                return [self._shielded_json(item) for item in value]
+            case _:
+                return value
+
+    def _render(
+        self, messages: list[dict[str, Any]], reasoning: bool, tools: Sequence[Tool]
+    ) -> str:
         try:
             return self._template.render(
                 messages=messages,
+                tools=self._shielded_json(as_functions(tools)) if tools else None,
                 add_generation_prompt=True,
                 enable_thinking=reasoning,
                 **self._names,

@@ -11,6 +11,7 @@ import torch
 
 from batchrun.engine.blocks import Pool
 from batchrun.engine.chat import ChatTemplate
+from batchrun.engine.constraints import Constraints
 from batchrun.engine.forecast import Forecast
 from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, MemoryRequest, plan_memory
 from batchrun.engine.model_runner import ModelRunner
@@ -188,6 +189,9 @@ class Engine:
             state_dtype=options.torch_state_dtype,
             device=device,
             one_by_one=options.deterministic,
+            constraints=None
+            if tokenizer is None
+            else Constraints(tokenizer, config.vocab_size, num_threads=torch.get_num_threads()),
         )
         return cls(
             runner,
@@ -220,7 +224,9 @@ class Engine:
         """Requests whose output is still to come."""
         return self.num_waiting + self.num_running + len(self._ready)
 
-    def admission_error(self, num_prompt_tokens: int, params: SamplingParams) -> RowError | None:
+    def admission_error(
+        self, num_prompt_tokens: int, params: SamplingParams, *, thinking: bool = False
+    ) -> RowError | None:
         """Why a prompt of so many tokens can never run, or None."""
         limit = self.max_model_len
         if num_prompt_tokens < 1:
@@ -237,7 +243,16 @@ class Engine:
                 f"{num_prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
                 f"{num_prompt_tokens + max_tokens} > max_model_len {limit}",
             )
-        return None
+        return self._format_error(params, thinking)
+
+    def _format_error(self, params: SamplingParams, thinking: bool) -> RowError | None:
+        if params.bound_to is None:
+            return None
+        if self.runner.constraints is None:
+            reason: str | None = "the checkpoint has no tokenizer, so no text can be bound"
+        else:
+            reason = self.runner.constraints.error(params.bound_to, thinking=thinking)
+        return None if reason is None else RowError(ErrorKind.ENGINE, f"response_format: {reason}")
 
     def add(self, request: Request) -> None:
         """Queue a request. One that can never run comes out of the next step with its error, one
@@ -261,6 +276,10 @@ class Engine:
             num_reserved=num_prompt + max_tokens + num_forced,
             added_at=time.monotonic(),
         )
+        if transcript.error is not None:
+            error = RowError(ErrorKind.ENGINE, f"response_format: {transcript.error}")
+            self._ready.append(_error_output(request, error))
+            return
         if transcript.finish_reason is not None:
             output = _output(sequence, sequence.added_at)
             self._ready.append(replace(output, prefix_tokens=num_prompt))
@@ -323,12 +342,19 @@ class Engine:
                 error = RowError(ErrorKind.ENGINE, "the model's logits are not finite numbers")
                 outputs.append(_error_output(sequence.request, error))
                 continue
-            sequence.append(token.token_id, token.logprob)
-            if sequence.transcript.finish_reason is not None:
+            if token.is_stuck:
+                sequence.transcript.end()
+            else:
+                sequence.append(token.token_id, token.logprob)
+            if sequence.transcript.error is not None:
+                ended.add(sequence)
+                error = RowError(ErrorKind.ENGINE, f"response_format: {sequence.transcript.error}")
+                outputs.append(_error_output(sequence.request, error))
+            elif sequence.transcript.finish_reason is not None:
                 ended.add(sequence)
                 self._forecast.observe(sequence)
                 outputs.append(_output(sequence, now))
-        self._sampled_tokens += len(next_tokens)
+        self._sampled_tokens += sum(not token.is_stuck for token in next_tokens)
         if ended:
             self._finish(ended)
         self._steps += 1
@@ -376,7 +402,7 @@ class Engine:
             if logprobs is None and ids and request.params.logprobs is not None:
                 message = "tokens that were generated before lack their log-probabilities"
                 return RowError(ErrorKind.ENGINE, message)
-        return self.admission_error(len(prompt), request.params)
+        return self.admission_error(len(prompt), request.params, thinking=request.thinking)
 
     def _transcript(self, request: Request, max_tokens: int) -> Transcript:
         params = request.params
@@ -389,13 +415,20 @@ class Engine:
                 latest=max_tokens - params.reserve_of(max_tokens),
             )
         stop_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._stop_ids)}
+        known_stop_ids = frozenset(i for i in stop_ids if i < self.config.vocab_size)
+        constraint = None
+        if params.bound_to is not None and self.runner.constraints is not None:
+            constraint = self.runner.constraints.begin(
+                params.bound_to, thinking=thinking is not None, stop_ids=known_stop_ids
+            )
         return Transcript(
             self._output_bytes,
             thinking,
-            stop_ids=frozenset(i for i in stop_ids if i < self.config.vocab_size),
+            stop_ids=known_stop_ids,
             stops=tuple(text.encode() for text in params.stop_strings),
             max_tokens=max_tokens,
             min_tokens=params.min_tokens,
+            constraint=constraint,
         )
 
     def _finish(self, ended: set[Sequence]) -> None:

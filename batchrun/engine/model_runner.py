@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from batchrun.engine.constraints import BoundRow, Constraints
 from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan
 from batchrun.engine.sampler import Needs, Sampler, stream_key
 from batchrun.engine.scheduler import Chunk, Step
@@ -17,12 +18,14 @@ from batchrun.model.state import State
 
 @dataclass(frozen=True, slots=True)
 class NextToken:
-    """A sampled token. ``is_finite`` False: the logits held NaN or infinity, it means nothing."""
+    """A sampled token. It means nothing where ``is_finite`` is False (the logits held NaN or
+    infinity) or ``is_stuck`` is True (the sequence's constraint lets no token follow)."""
 
     sequence: Sequence
     token_id: int
     logprob: float | None
     is_finite: bool
+    is_stuck: bool = False
 
 
 class ModelRunner:
@@ -37,9 +40,12 @@ class ModelRunner:
         state_dtype: torch.dtype,
         device: torch.device,
         one_by_one: bool = False,
+        constraints: Constraints | None = None,
     ) -> None:
         """``one_by_one`` gives each sequence a forward pass of its own."""
         self.model = model
+        self.constraints = constraints
+        """None for a checkpoint without a tokenizer, whose tokens have no text to bind."""
         self._device = device
         self._one_by_one = one_by_one
         self.state = State.allocate(
@@ -106,6 +112,7 @@ class ModelRunner:
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[NextToken]:
         params = [sequence.request.params for sequence in sequences]
         counts = [sequence.transcript.num_sampled for sequence in sequences]
+        allowed, stuck = self._allowed(sequences)
         needs = Needs(
             drawing=[row for row, p in enumerate(params) if not p.greedy],
             filtering=any(p.filtered and not p.greedy for p in params),
@@ -116,8 +123,9 @@ class ModelRunner:
                 for row, (sequence, p, count) in enumerate(
                     zip(sequences, params, counts, strict=True)
                 )
-                if count < p.min_tokens and sequence.transcript.stop_ids
+                if count < p.min_tokens and sequence.transcript.stop_ids and not p.bound_to
             ),
+            allowed=allowed,
         )
         result = self._sampler.sample(
             logits,
@@ -127,11 +135,39 @@ class ModelRunner:
         )
         logprobs = result.logprobs or [0.0] * len(sequences)
         return [
-            NextToken(sequence, token_id, logprob if p.logprobs is not None else None, is_finite)
-            for sequence, p, token_id, logprob, is_finite in zip(
-                sequences, params, result.token_ids, logprobs, result.finite, strict=True
+            NextToken(
+                sequence,
+                token_id,
+                logprob if p.logprobs is not None else None,
+                is_finite,
+                row in stuck,
+            )
+            for row, (sequence, p, token_id, logprob, is_finite) in enumerate(
+                zip(sequences, params, result.token_ids, logprobs, result.finite, strict=True)
             )
         ]
+
+    def _allowed(
+        self, sequences: list[Sequence]
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, frozenset[int]]:
+        """What the rows with a constraint may take (``Needs.allowed``), and for which that is
+        nothing. On a GPU this is worked out while the model runs."""
+        bound: list[int] = []
+        rows: list[BoundRow] = []
+        for row, sequence in enumerate(sequences):
+            transcript = sequence.transcript
+            if transcript.constraint is not None:
+                bound.append(row)
+                rows.append(
+                    BoundRow(transcript.constraint, transcript.begun_close, transcript.may_stop)
+                )
+        if not rows or self.constraints is None:
+            return None, frozenset()
+        masks, empty = self.constraints.masks(rows, self._device)
+        return (
+            (torch.tensor(bound, device=self._device), masks),
+            frozenset(bound[place] for place in empty),
+        )
 
     def _admit(self, sequence: Sequence) -> None:
         """Set up the sequence's slot; whatever the last one left there is overwritten, or is not

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from batchrun.errors import RequestError
+from batchrun.formats import FormatError, ResponseFormat
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy; dividing by less would only amplify rounding."""
@@ -30,6 +31,10 @@ class SamplingParams:
     ``answer_reserve`` forces ``</think>`` when no more than so many of ``max_tokens`` are left;
     None = min(128, max_tokens // 4).
 
+    ``response_format`` binds the completion, never the reasoning: ``{"type": "json_schema",
+    "schema": …}``, ``{"type": "regex", "pattern": …}`` or ``{"type": "choice", "choices": […]}``.
+    It is valid when the row stops by itself; a stop string or ``max_tokens`` can cut it short.
+
     :raises RequestError: for a value of the wrong type or out of range (a ``ValueError``).
     """
 
@@ -49,14 +54,27 @@ class SamplingParams:
     max_thinking_tokens: int | None = None
     thinking_grace: int = 0
     answer_reserve: int | None = None
+    response_format: Mapping[str, object] | ResponseFormat | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
         stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        if self.response_format is not None and self.bound_to is None:
+            try:
+                bound_to = ResponseFormat.parse(self.response_format)
+            except FormatError as error:
+                raise RequestError(f"response_format: {error}") from error
+            object.__setattr__(self, "response_format", bound_to)
         self._check_types()
         self._check_ranges()
+
+    @property
+    def bound_to(self) -> ResponseFormat | None:
+        """``response_format`` as it was understood."""
+        own = self.response_format
+        return own if isinstance(own, ResponseFormat) else None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ class Needs:
     """What some row of a batch needs; what none needs is not computed.
 
     ``drawing`` are the rows that are not greedy; ``banned`` are (row, token ids that it may not
-    take yet).
+    take yet). ``allowed`` are rows [R] int64 that may take some tokens only, with a bit for each of
+    these, the lowest first: [R, W] int32 of at least V bits.
     """
 
     drawing: AnySequence[int] = ()
@@ -55,6 +56,7 @@ class Needs:
     penalty: bool = False
     logprobs: bool = False
     banned: tuple[tuple[int, AnySequence[int]], ...] = ()
+    allowed: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Sampler:
         self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
         # [slots, 4] float32: temperature, top_p, min_p, repetition penalty
         self._numbers = torch.ones(num_slots, 4, device=device)
+        self._bit_places = torch.arange(8, dtype=torch.uint8, device=device)
         self._seen: Tensor | None = None  # [slots, V] bool, once a request has a penalty
 
     def admit(self, slot: int, params: SamplingParams, key: int, tokens: AnySequence[int]) -> None:
@@ -126,15 +129,21 @@ class Sampler:
         )
 
     def _adjust(self, logits: Tensor, slots: Tensor, needs: Needs) -> Tensor:
-        """Repetition penalty and banned tokens: [L, V] -> [L, V]."""
+        """Repetition penalty, and tokens that may not come: [L, V] -> [L, V]."""
         if needs.penalty and self._seen is not None:
             penalty = self._numbers[slots, 3, None]  # [L, 1]
             weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen[slots], weakened, logits)
-        elif needs.banned:
+        elif needs.banned or needs.allowed is not None:
             logits = logits.clone()
         for row, ids in needs.banned:
             logits[row, list(ids)] = -torch.inf
+        if needs.allowed is not None:
+            bound, words = needs.allowed
+            octets = words.view(torch.uint8)  # [R, 4 W]
+            bits = (octets[:, :, None] >> self._bit_places) & 1  # [R, 4 W, 8]
+            refused = bits.flatten(1)[:, : self._vocab_size] == 0  # [R, V]
+            logits[bound] = logits[bound].masked_fill_(refused, -torch.inf)
         return logits
 
     def _cut(self, probs: Tensor, rows: Tensor) -> Tensor:

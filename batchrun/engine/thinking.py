@@ -73,6 +73,11 @@ class Thinking:
         self.reasoning: bytes | None = None
         """The text before ``</think>``, once there is one."""
 
+    @property
+    def begun(self) -> int:
+        """How many bytes of ``</think>`` the reasoning so far ends in."""
+        return begun_close(self._buffer)
+
     def begin(self) -> End | None:
         """Before the first token: the end, if no reasoning is allowed at all."""
         return self._force() if self._soft <= 0 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from batchrun.engine.constraints import Constraint
 from batchrun.engine.thinking import Thinking
 from batchrun.records import FinishReason
 
@@ -24,6 +25,7 @@ class Transcript:
         "_stops",
         "_thinking",
         "budget_hit",
+        "constraint",
         "finish_reason",
         "logprobs",
         "max_tokens",
@@ -41,14 +43,19 @@ class Transcript:
         stops: tuple[bytes, ...],
         max_tokens: int,
         min_tokens: int,
+        constraint: Constraint | None = None,
     ) -> None:
-        """``output_bytes`` is what each token id adds to the text; ``stops`` are stop strings."""
+        """``output_bytes`` is what each token id adds to the text; ``stops`` are stop strings.
+
+        ``constraint`` is what the completion is bound to.
+        """
         self._output_bytes = output_bytes
         self._thinking = thinking
         self.stop_ids = stop_ids
         self._stops = stops
         self.max_tokens = max_tokens
         self._min_tokens = min_tokens
+        self.constraint = constraint
         self._completion = bytearray()
         self._after_close = False  # while the completion is only the white space after </think>
         self.budget_hit = False
@@ -63,6 +70,22 @@ class Transcript:
     def num_reasoning_tokens(self) -> int:
         """Sampled tokens up to and including the one that completes ``</think>``."""
         return 0 if self._thinking is None else self._thinking.num_tokens
+
+    @property
+    def begun_close(self) -> int | None:
+        """Bytes of ``</think>`` that the reasoning ends in; None when what comes is completion."""
+        thinking = self._thinking
+        return None if thinking is None or thinking.reasoning is not None else thinking.begun
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a stop token counts if it comes next."""
+        return self.num_sampled >= self._min_tokens
+
+    @property
+    def error(self) -> str | None:
+        """What is wrong with the constraint, if anything."""
+        return None if self.constraint is None else self.constraint.error
 
     @property
     def num_forced(self) -> int:
@@ -94,6 +117,8 @@ class Transcript:
         data = b"" if is_stop else self._output_bytes[token_id]
         thinking = self._thinking
         if thinking is None or thinking.reasoning is not None:
+            if self.constraint is not None and not is_stop:
+                self.constraint.take(token_id)
             self._complete(data)
         else:
             end = thinking.push(data, is_last=is_last)
@@ -101,8 +126,18 @@ class Transcript:
                 return self._force(end.forced_ids)
             if end is not None:
                 self._after_close = True
+                if self.constraint is not None:
+                    self.constraint.take_bytes(end.rest)
                 self._complete(end.rest)
+        if self.constraint is not None and self.constraint.is_complete:
+            self.finish_reason = FinishReason.STOP
         return ()
+
+    def end(self) -> None:
+        """No token may come next: the end of a completion that is valid, else an error."""
+        if self.constraint is not None and not self.constraint.is_valid:
+            self.constraint.break_off()
+        self.finish_reason = FinishReason.STOP
 
     def text(self) -> str:
         """The completion. Bytes that end in the middle of a character become U+FFFD."""

@@ -118,7 +118,8 @@ def test_submit_to_a_cluster_is_refused(
     [
         ({"input": {"path": "/nowhere"}}, "input.path: /nowhere does not exist"),
         ({"generation": {"max_tokns": 3}}, "did you mean max_tokens"),
-        ({"generation": {"tools": [{"name": "f"}]}}, "not available in this version"),
+        ({"generation": {"tools": [{"nam": "f"}]}}, "generation.tools[0]: has no name"),
+        ({"limits": {"max_hours": 1}}, "not available in this version"),
         ({"input": {"prompt_column": "text"}}, "no column 'text'"),
     ],
 )
@@ -153,6 +154,10 @@ def test_doctor_looks_at_everything(call: Call, tmp_path: Path) -> None:
     for name in ("python", "torch", "ray", "embedded model", "object storage"):
         assert names[name] == "ok"
     assert "cuda" in names and "mamba-ssm kernels" in names
+    [licence] = [check for check in found["checks"] if check["name"] == "model licence"]
+    assert licence["state"] == "ok"
+    for word in ("copy of the agreement", "notice", "outputs", "guardrails", "read the licence"):
+        assert word in licence["advice"]
     code, out, err = call("doctor", "ftp://nowhere/x")
     assert code == 1
     assert "FAILED" in out

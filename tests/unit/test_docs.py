@@ -19,7 +19,14 @@ from batchrun.job import json_schema
 from batchrun.metrics import ALL_SERIES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md"]
+PAGES = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "deploy/README.md",
+    "jobs/eval/README.md",
+]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 CODE = re.compile(r"```(?P<language>\w*)\n(?P<block>.*?)```|`(?P<span>[^`\n]+)`", re.DOTALL)

@@ -335,8 +335,6 @@ def test_a_wrong_value(tmp_path: Path, section: str, line: str, expected: str) -
         ("model", "quantization: int8", "model.quantization"),
         ("model", "kv_dtype: int8", "model.kv_dtype"),
         ("model", "kv_dtype: bfloat16", "model.kv_dtype"),
-        ("generation", "response_format: {type: regex, pattern: a}", "generation.response_format"),
-        ("generation", "tools: [{name: f}]", "generation.tools"),
         ("schedule", '"0 2 * * *"', "schedule"),
         ("errors", "canary_rows: 5", "errors.canary_rows"),
         ("limits", "max_hours: 1", "limits.max_hours"),
@@ -356,6 +354,113 @@ def test_what_is_not_built_is_refused(tmp_path: Path, section: str, line: str, k
     assert " is not available in this version; " in problem
 
 
+TOOLS = """
+model: {path: m}
+input: {path: in, prompt_column: p}
+output: {path: out}
+generation:
+  tools:
+    - type: function
+      function:
+        name: add
+        description: Adds.
+        parameters:
+          type: object
+          properties: {a: {type: integer}}
+          required: [a]
+    - name: now
+    - type: function
+      function:
+        name: add
+        parameters: {type: dict}
+    - description: nameless
+      parameters:
+        type: object
+        properties:
+          city: string
+        required: city
+    - type: query
+      function: {name: "get weather", description: 3, parameters: [1]}
+    - type: function
+"""
+
+
+def test_tools_are_checked_at_their_lines(tmp_path: Path) -> None:
+    """Whatever is wrong with a function schema is said at its own line, all of it."""
+    assert said(tmp_path, TOOLS) == [
+        "job.yaml:18: generation.tools[2].function.name: is the name of tool 0 already (they are "
+        "counted from 0); rename or delete one of them",
+        "job.yaml:19: generation.tools[2].function.parameters.type: must be object: arguments are "
+        "always named; write type: object",
+        "job.yaml:20: generation.tools[3]: has no name; add name:",
+        "job.yaml:24: generation.tools[3].parameters.properties.city: describes an argument that "
+        "is no JSON schema; write city: {type: string}",
+        "job.yaml:25: generation.tools[3].parameters.required: is no list of names; "
+        "write required: [city]",
+        "job.yaml:26: generation.tools[4].type: is not function, the only type of tool; "
+        "write type: function",
+        "job.yaml:27: generation.tools[4].function.name: is no name: a text without white space "
+        "and quotes is; write for example name: get_weather",
+        "job.yaml:27: generation.tools[4].function.description: is not a text; write it in quotes",
+        "job.yaml:27: generation.tools[4].function.parameters: is no JSON schema of an object; "
+        "write {type: object, properties: {…}}",
+        "job.yaml:28: generation.tools[5].function: is missing or no mapping; "
+        "write function: {name: …, description: …, parameters: …}",
+    ]
+
+
+def test_tools_are_kept_as_written(tmp_path: Path) -> None:
+    """Good function schemas, wrapped or bare, are part of what determines the content."""
+    text = TOOLS.split("    - type: function\n      function:\n        name: add\n        param")[0]
+    job = parse_job(read(tmp_path, text))
+    assert [list(tool) for tool in job.generation.tools] == [["type", "function"], ["name"]]
+    generation = job.semantic()["generation"]
+    assert isinstance(generation, dict) and generation["tools"][1] == '{"name": "now"}'
+    assert job.has_tools
+    assert not parse_job(read(tmp_path, MINIMAL)).has_tools
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{type: regex}", "generation.response_format.pattern: is missing; regex needs it"),
+        ("{type: choice, choices: []}", "generation.response_format.choices: must be a list of"),
+        (
+            "{type: choice, choices: [yes, a]}",
+            "generation.response_format.choices[0]: must be a text that is not empty, not true",
+        ),
+        (
+            "\n    type: json_schema\n    schema:\n      items:\n        uniqueItem: true",
+            "generation.response_format.schema.items.uniqueItem: is not a keyword",
+        ),
+        ("regex", "generation.response_format: must be a mapping or null, not the text 'regex'"),
+    ],
+)
+def test_a_response_format_that_is_none(tmp_path: Path, written: str, expected: str) -> None:
+    """What is wrong inside a response format is said at the line of the very key."""
+    text = with_keys(generation=f"response_format: {written}")
+    [problem] = said(tmp_path, text)
+    last = expected.partition(": ")[0].rpartition(".")[2].partition("[")[0]
+    rows = enumerate(text.splitlines(), 1)
+    line = next(
+        i for i, row in rows if f"{last}:" in row or "response_format: {type: regex}" in row
+    )
+    assert problem.startswith(f"job.yaml:{line}: {expected}")
+
+
+def test_the_order_of_a_schema_s_properties_is_content(tmp_path: Path) -> None:
+    """Completions have their properties in that order, so another order is another job."""
+
+    def semantic(properties: str) -> dict[str, object]:
+        schema = f"{{type: object, properties: {{{properties}}}}}"
+        line = f"response_format: {{type: json_schema, schema: {schema}}}"
+        return parse_job(read(tmp_path, with_keys(generation=line))).semantic()
+
+    one, other = semantic("a: {}, b: {}"), semantic("b: {}, a: {}")
+    assert one == semantic("a: {}, b: {}")
+    assert json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True)
+
+
 def test_what_is_built_is_accepted(tmp_path: Path) -> None:
     """Keys that only look like those that are refused are fine."""
     text = with_keys(
@@ -364,7 +469,8 @@ def test_what_is_built_is_accepted(tmp_path: Path) -> None:
         errors="max_failed_rows: 0.5\n  canary_rows: 0",
         limits="max_hours: null",
         checkpoint="interval_s: 30.0",
-        generation="tools: []\n  stop: END\n  logprobs: 1\n  max_thinking_tokens: 0",
+        generation="tools: []\n  stop: END\n  logprobs: 1\n  max_thinking_tokens: 0\n"
+        "  response_format: {type: choice, choices: [a]}",
         metrics="port: null",
         ray="runtime_env: {env_vars: {TOKENIZERS_PARALLELISM: 'false'}}",
     )

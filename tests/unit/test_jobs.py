@@ -8,6 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import make_questions
+from batchrun.engine.constraints import Constraints
+from batchrun.engine.tokenizer import Tokenizer
+from batchrun.formats import ResponseFormat
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import read_job_file
 from batchrun.preflight import check_job
@@ -47,6 +50,15 @@ def test_jobs_show_the_ways_to_ask() -> None:
     thinking = {name: job.generation.reasoning for name, job in jobs.items()}
     assert thinking == {name: name != "classify.yaml" for name in JOBS}
     assert jobs["mathematics.yaml"].generation.max_thinking_tokens == 4096
+    assert (jobs["extract.yaml"].generation.response_format or {})["type"] == "json_schema"
+
+
+def test_schema_of_the_extraction_can_be_bound() -> None:
+    """The response format of jobs/extract.yaml compiles, with reasoning as the job has it."""
+    written = load_job("extract.yaml").generation.response_format
+    tokenizer = Tokenizer.load(ROOT / "batchrun/models/tiny")
+    constraints = Constraints(tokenizer, tokenizer.vocab_size)
+    assert constraints.error(ResponseFormat.parse(written), thinking=True) is None
 
 
 def test_demonstration_runs_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

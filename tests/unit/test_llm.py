@@ -12,7 +12,7 @@ import batchrun
 from batchrun import LLM, SamplingParams
 from batchrun.engine.request import Request
 from batchrun.errors import CheckpointError, RequestError
-from batchrun.records import Message
+from batchrun.records import Message, ToolCall
 
 QUESTION = [{"role": "user", "content": "What is 37+85+12?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=96)
@@ -232,3 +232,56 @@ def test_models_that_are_not_there_and_options_that_are_not_known(tmp_path: Path
         LLM("tiny", device="cuda:99")
     with pytest.raises(RequestError, match="max_sequences"):
         LLM("tiny", max_sequences="many")
+
+
+def test_chat_with_tools(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools stand in the prompt, and calls in the answer come apart from its text."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 37}}]},
+        {"role": "tool", "content": "134"},
+    ]
+    said = 'ok <TOOLCALL>[{"name": "add", "arguments": {"a": 1}}]</TOOLCALL>'
+    monkeypatch.setattr("batchrun.engine.transcript.Transcript.text", lambda self: said)
+    short = SamplingParams(max_tokens=2)
+    [out] = llm.chat(turns, short, tools=[tool])
+    assert out.prompt is not None and '[{"name": "add", "parameters"' in out.prompt
+    assert '<TOOLCALL>[{"name": "add", "arguments": {"a": 37}}]</TOOLCALL>' in out.prompt
+    [sample] = out.outputs
+    assert (sample.text, sample.finish_reason) == ("ok ", "tool_calls")
+    assert sample.tool_calls == [ToolCall("add", '{"a": 1}')]
+    [plain] = llm.chat(QUESTION, short)[0].outputs
+    assert (plain.text, plain.tool_calls) == (said, None)
+
+
+def test_bad_tools_and_calls_are_named(llm: LLM) -> None:
+    """What is no function schema, or no call, is a ValueError that says where."""
+    with pytest.raises(RequestError, match=r"tools\[0\]\.parameters\.type must be object"):
+        llm.chat(QUESTION, tools=[{"name": "f", "parameters": {"type": "dict"}}])
+    with pytest.raises(RequestError, match="tools must be a list of function schemas, not dict"):
+        llm.chat(QUESTION, tools={"name": "f"})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="tool_calls: a call's arguments are neither"):
+        llm.chat([*QUESTION, {"role": "assistant", "tool_calls": [{"name": "f"}]}])
+    with pytest.raises(RequestError, match="only an assistant message"):
+        llm.chat([{**QUESTION[0], "tool_calls": [{"name": "f", "arguments": "{}"}]}])
+
+
+def test_a_response_format(llm: LLM) -> None:
+    """It binds the text alone; one that cannot be used is an error of the call, also when set."""
+    bound_to = {"type": "choice", "choices": ["one hundred", "134"]}
+    params = SamplingParams(temperature=0, max_tokens=96, response_format=bound_to)
+    assert hash(params) == hash(
+        SamplingParams(temperature=0, max_tokens=96, response_format=bound_to)
+    )
+    (out,) = llm.chat(QUESTION, params)
+    assert (out.outputs[0].text, out.outputs[0].finish_reason) == ("134", "stop")
+    assert out.outputs[0].reasoning == "37+85=122\n+12=134\n"
+    (raw,) = llm.generate("abc", SamplingParams(max_tokens=9, response_format=bound_to))
+    assert raw.outputs[0].text in ("one hundred"[: len(raw.outputs[0].text)], "134")
+    with pytest.raises(RequestError, match="response_format: type must be one of json_schema"):
+        SamplingParams(response_format={"type": "xml"})
+    bad = SamplingParams(response_format={"type": "regex", "pattern": "("})
+    with pytest.raises(RequestError, match="prompt 0: response_format: unclosed group"):
+        llm.chat(QUESTION, bad)
+    assert llm.engine.num_unfinished == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,12 @@ class Setup:
             engine,
             self.publish,
             schema,
-            PartFormat(run="r", n=self.job.generation.n, correct=self.job.evaluate is not None),
+            PartFormat(
+                run="r",
+                n=self.job.generation.n,
+                correct=self.job.evaluate is not None,
+                tool_calls=self.job.has_tools,
+            ),
         )
 
     def publish(self, part_file: PartFile, lease: Lease) -> Part:
@@ -494,3 +500,98 @@ def test_row_seed_never_changes() -> None:
     assert row_seed(1, "a.parquet", 0) != row_seed(0, "a.parquet", 0)
     assert row_seed(0, "b.parquet", 0) != row_seed(0, "a.parquet", 0)
     assert all(0 <= row_seed(0, "a", index) < 2**63 for index in range(1000))
+
+
+def test_tool_calls_leave_the_text(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls become a column and the reason why the row ended; malformed ones stay text and are
+    counted; scores see the text around the calls."""
+    said = [
+        'It is 8.\n<TOOLCALL>[{"name": "add", "arguments": {"a": 1}}]</TOOLCALL>',
+        '8 <TOOLCALL>[{"name": "add"',
+        "8",
+    ]
+    monkeypatch.setattr(
+        "batchrun.pipeline._completion",
+        lambda row, output: replace(_completion(row, output), completion=said[row.index]),
+    )
+    job = {
+        "generation": {"tools": [{"name": "add"}], "max_tokens": 4},
+        "evaluate": {"answer_column": "answer", "scorer": "number"},
+    }
+    made = setup([sums(3)], job, {"answer": [8, 8, 8]})
+    reports = made.run()
+    table = made.published[0].to_pydict()
+    assert table["completion"] == ["It is 8.\n", said[1], "8"]
+    assert table["tool_calls"] == [[{"name": "add", "arguments": '{"a": 1}'}], None, None]
+    assert [reason == "tool_calls" for reason in table["finish_reason"]] == [True, False, False]
+    assert table["error"] == [None] * 3
+    assert table["correct"] == [True] * 3
+    [done] = [item for report in reports for item in report.done]
+    assert done.part.counts.malformed_tool_calls == 1
+
+
+def test_tools_of_each_row(setup: MakeSetup) -> None:
+    """With the override column `tools` each row has its own prompt; a bad schema fails its row."""
+    tools = ['[{"name": "add"}]', None, '[{"nam": "add"}]']
+    job = {"input": {"overrides": ["tools"]}, "generation": {"max_tokens": 4}}
+    made = setup([["1+2?"] * 3], job, {"tools": tools})
+    made.run()
+    table = made.published[0].to_pydict()
+    assert table["prompt_tokens"][0] > table["prompt_tokens"][1] > 0
+    assert table["error"][2] == "invalid_prompt: override column: tools[0] has no name"
+    assert table["tool_calls"] == [None] * 3
+
+
+def test_without_tools_a_call_is_text(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tools, no column, nothing taken out of the text."""
+    said = '<TOOLCALL>[{"name": "add", "arguments": {}}]</TOOLCALL>'
+    monkeypatch.setattr(
+        "batchrun.pipeline._completion",
+        lambda row, output: replace(_completion(row, output), completion=said),
+    )
+    made = setup([sums(1)])
+    made.run()
+    assert made.published[0]["completion"].to_pylist() == [said]
+    assert "tool_calls" not in made.published[0].schema.names
+
+
+def test_conversations_with_calls_from_parquet(setup: MakeSetup) -> None:
+    """Messages as structs have null calls where there are none, and null content beside calls."""
+    call = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+    turn = pa.struct(
+        [("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))]
+    )
+    asked = {"role": "user", "content": "1+2?", "tool_calls": None}
+    called = {"role": "assistant", "content": None}
+    called |= {"tool_calls": [{"name": "add", "arguments": "{}"}]}
+    told = {"role": "tool", "content": "3", "tool_calls": None}
+    turns = [[asked], [asked, called, told], [asked, {**told, "tool_calls": called["tool_calls"]}]]
+    made = setup(
+        [["-"] * 3],
+        {"input": {"prompt_column": None, "messages_column": "m"}, "generation": {"max_tokens": 4}},
+        {"m": pa.array(turns, pa.list_(turn))},
+    )
+    made.run()
+    table = made.published[0].to_pydict()
+    assert table["error"] == [
+        None,
+        None,
+        "invalid_prompt: column m, message 1: only an assistant message can have tool calls",
+    ]
+    assert table["prompt_tokens"][1] > table["prompt_tokens"][0]
+
+
+def test_a_response_format_binds_every_row(tmp_path: Path, engine: Engine) -> None:
+    """All completions of a part are of the job's format; the reasoning beside them is free."""
+    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 99}}}
+    schema |= {"required": ["sum"], "additionalProperties": False}
+    generation = {"response_format": {"type": "json_schema", "schema": schema}, "max_tokens": 96}
+    questions = [f"What is {number}+4?" for number in range(12)]
+    setup = Setup(tmp_path, engine, [questions], {"generation": generation})
+    setup.run()
+    rows = setup.published[0].to_pylist()
+    assert len(rows) == 12
+    for row in rows:
+        assert row["finish_reason"] == "stop" and row["error"] is None
+        assert set(json.loads(row["completion"])) == {"sum"}
+        assert row["reasoning"].startswith(row["prompt"].split()[-1].rstrip("?") + "=")

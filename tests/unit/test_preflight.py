@@ -288,3 +288,52 @@ def test_a_missing_library_is_found_before_the_run(
         "--set: evaluate.scorer: is math, but the library math-verify is not installed; "
         "pip install math-verify"
     ]
+
+
+def test_a_template_that_takes_no_tools(desk: Desk, tmp_path: Path) -> None:
+    """Tools for a checkpoint whose chat template would drop them are a job error."""
+    checkpoint = tmp_path / "tools-checkpoint"
+    shutil.copytree(TINY, checkpoint)
+    edit(checkpoint / "tokenizer_config.json", chat_template="{{ messages[-1].content }}")
+    [line] = desk.said(f"model.path={checkpoint}", "generation.tools=[{name: f}]")
+    assert "generation.tools: the checkpoint's chat template has no place for tools" in line
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (
+            "{type: regex, pattern: '('}",
+            "generation.response_format.pattern: cannot be used: unclosed group; mend the pattern",
+        ),
+        (
+            "{type: json_schema, schema: {type: integer, minimum: 2, maximum: 1}}",
+            "generation.response_format.schema: cannot be used: Unsatisfiable schema: minimum (2) "
+            "is greater than maximum (1); mend the schema",
+        ),
+    ],
+)
+def test_a_response_format_is_compiled(desk: Desk, written: str, said: str) -> None:
+    """A format that the checkpoint's tokenizer cannot bind to is found before anything runs."""
+    path = desk.folder / "job.yaml"
+    path.write_text(f"{path.read_text()}generation:\n  response_format: {written}\n")
+    assert desk.said() == [f"job.yaml:10: {said}"]
+
+
+def test_a_response_format_is_compiled_as_rows_will_need_it(desk: Desk) -> None:
+    """One that begins with white space fails with reasoning only, be it by an override."""
+    pattern = "generation.response_format={type: regex, pattern: ' a'}"
+    assert desk.said(pattern, "generation.reasoning=false") == []
+    [problem] = desk.said(pattern)
+    assert "response_format.pattern: cannot be used: no completion after </think>" in problem
+    desk.write("a", {"q": ["1"], "n": [1], "reasoning": [True]})
+    desk.write("b", {"q": ["1"], "n": [1], "reasoning": [False]})
+    overrides = "input.overrides=[reasoning]"
+    assert len(desk.said(pattern, "generation.reasoning=false", overrides)) == 1
+
+
+def test_a_response_format_with_a_slip_is_not_compiled(desk: Desk) -> None:
+    """What the rules of the job file said of it is not said again, and nothing breaks."""
+    written = "{type: json_schema, schema: {type: object, propertys: {}}}"
+    assert desk.said(f"generation.response_format={written}") == []
+    assert desk.said("generation.response_format={type: choice, choices: []}") == []

@@ -18,7 +18,7 @@ from batchrun.prompts import (
     input_columns,
     template_columns,
 )
-from batchrun.records import ErrorKind, Message, Row, RowError
+from batchrun.records import ErrorKind, Message, Row, RowError, ToolCall
 
 MIB = 1024 * 1024
 
@@ -195,8 +195,22 @@ def test_messages_column() -> None:
             "invalid_prompt: column m, message 1: only the first message can be a system message",
         ),
         (
-            [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}],
-            "invalid_prompt: column m, message 0: tool calls are not available in this version",
+            [{"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": "{}"}]}],
+            "invalid_prompt: column m, message 0: only an assistant message can have tool calls",
+        ),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}],
+            "invalid_prompt: column m, message 0, tool_calls: a call's arguments are neither an "
+            "object nor a text",
+        ),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
+            "invalid_prompt: column m, message 0, tool_calls: a call has no name that a function "
+            "can have",
+        ),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": "f()"}],
+            "invalid_prompt: column m, message 0: tool_calls is not a list",
         ),
         (
             [{"role": "system", "content": "x"}],
@@ -376,3 +390,56 @@ def test_input_columns() -> None:
     assert columns.template == ("a", "b")
     assert columns.values == ("a", "b", "seed")
     assert columns.all == ("i", "a", "b", "seed", "c")
+
+
+TURNS = [
+    {"role": "user", "content": "1+2?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": "é"}}},
+            {"name": "now", "arguments": "{}"},
+        ],
+    },
+    {"role": "tool", "content": "3", "tool_call_id": "c1"},
+    {"role": "tool", "content": ""},
+]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_conversations_with_tools(as_json: bool) -> None:
+    """Calls come as OpenAI writes them or bare, arguments as object or text; a tool may say
+    nothing."""
+    value = json.dumps(TURNS) if as_json else TURNS
+    calls = (ToolCall("add", '{"a": "é"}'), ToolCall("now", "{}"))
+    assert built(job(messages_column="m"), m=value).messages == (
+        Message("user", "1+2?"),
+        Message("assistant", "", calls),
+        Message("tool", "3"),
+        Message("tool", ""),
+    )
+
+
+def test_calls_count_for_the_size_of_a_prompt() -> None:
+    """A megabyte of arguments is too long, and lone surrogates in them are not text."""
+    calls = [{"name": "f", "arguments": "x" * MIB}]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
+    assert refused(job(messages_column="m"), m=turns).startswith("too_long: the prompt")
+    calls[0]["arguments"] = "\ud800"
+    assert "lone surrogates" in refused(job(messages_column="m"), m=turns)
+
+
+def test_tools_of_a_row() -> None:
+    """A column `tools` with JSON overrides the job's tools; null keeps them, [] is none."""
+    mine = job({"tools": [{"name": "f"}]}, prompt_column="p", overrides=["tools"])
+    assert built(mine, p="x", tools=None).tools == ({"name": "f"},)
+    assert built(mine, p="x", tools='[{"name": "g"}]').tools == ({"name": "g"},)
+    assert built(mine, p="x", tools="[]").tools == ()
+    secret = '[{"name": "g", "parameters": {"type": "object", "properties": {"secret": 1}}}]'
+    assert refused(mine, p="x", tools=secret) == (
+        "invalid_prompt: override column: tools[0].parameters describes an argument "
+        "that is no JSON schema"
+    )
+    assert "tools is not valid JSON at character 1" in refused(mine, p="x", tools="[")
+    assert "tools must be a list of mappings" in refused(mine, p="x", tools="{}")

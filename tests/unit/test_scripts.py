@@ -149,3 +149,19 @@ def test_the_prefix_benchmark_compares_two_engines() -> None:
     assert done.returncode == 0, done.stderr
     assert "9 rows" in done.stdout and "tiny, cpu" in done.stdout
     assert "every token is the same" in done.stdout.splitlines()[-1]
+
+
+def test_the_benchmark_of_response_formats_prints_ratios() -> None:
+    """It compares each kind of format with free rows, whose ratio is 1 by definition."""
+    script = ROOT / "scripts" / "bench" / "structured.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--batch", "4", "--rounds", "1", "--tokens", "8"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert list(rows) == ["free", "json_schema", "regex"]
+    assert rows["free"].endswith("1.00 of free")

@@ -72,6 +72,20 @@ def test_every_problem_of_file_and_surroundings(here: Path) -> None:
     ]
 
 
+def test_a_response_format(here: Path) -> None:
+    """What is wrong inside a schema, or shows only when it is compiled, is said at its line."""
+    text = Path("job.yaml").read_text()
+    schema = "  response_format:\n    type: json_schema\n    schema:\n      "
+    for keyword, said in (
+        ("minimun: 1", "job.yaml:10: generation.response_format.schema.minimun: is not a keyword"),
+        ("type: int", "job.yaml:9: generation.response_format.schema: cannot be used: Invalid ty"),
+    ):
+        Path("job.yaml").write_text(f"{text}generation:\n{schema}{keyword}\n")
+        code, out, err = run("validate", "job.yaml")
+        assert (code, out) == (2, "")
+        assert err.startswith(said)
+
+
 def test_problems_for_machines(here: Path) -> None:
     """With ``--json`` the problems are on stdout in parts; the exit code stays 2."""
     code, out, _ = run("validate", "job.yaml", "--json", "--set", "generation.n=0")

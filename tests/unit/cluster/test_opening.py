@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,27 @@ def test_what_parts_look_like(tmp_path: Path, model_license: str | None, scored:
         "batchrun.version", "batchrun.job", "batchrun.model",
     }  # fmt: skip
     assert found.correct is scored
+
+
+@pytest.mark.parametrize(
+    ("generation", "overrides", "has_calls"),
+    [({}, [], False), ({"tools": [{"name": "f"}]}, [], True), ({}, ["tools"], True)],
+)
+def test_tools_make_a_column(
+    tmp_path: Path, generation: dict[str, object], overrides: list[str], has_calls: bool
+) -> None:
+    """Tools of the job or of its rows give the output ``tool_calls``; other tools, another run."""
+    raw: dict[str, object] = {
+        "model": {"path": "tiny"},
+        "input": {"path": "in", "prompt_column": "q", "overrides": overrides},
+        "output": {"path": str(tmp_path)},
+        "generation": generation,
+    }
+    job = parse_job(JobSource.of_mapping(raw))
+    checked = CheckedJob(job, Store.open(str(tmp_path)), job.semantic(), None)
+    assert checked.part_format.tool_calls is has_calls
+    runs = {checked.run}
+    for tool in ({"name": "g", "strict": True}, {"strict": True, "name": "g"}):  # as in the prompt
+        other = parse_job(JobSource.of_mapping({**raw, "generation": {"tools": [tool]}}))
+        runs.add(replace(checked, semantic=other.semantic()).run)
+    assert len(runs) == 3

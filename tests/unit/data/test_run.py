@@ -46,6 +46,7 @@ class Site:
     rule: PlanRule = field(default_factory=lambda: PlanRule(COLUMNS, max_tokens=16))
     semantic: dict[str, object] = field(default_factory=lambda: dict(SEMANTIC))
     scored: bool = False
+    tools: bool = False
 
     def input(self, name: str, rows: int = 3) -> Path:
         """Write an input file."""
@@ -66,7 +67,9 @@ class Site:
 
     def publish(self, opened: OpenedRun, shard: Shard, attempt: str = "1-1") -> Part:
         """One attempt at a shard."""
-        part_format = PartFormat(opened.directory.run, n=self.rule.n, correct=self.scored)
+        part_format = PartFormat(
+            opened.directory.run, n=self.rule.n, correct=self.scored, tool_calls=self.tools
+        )
         with ShardReader(shard, opened.schema) as reader, PartWriter(reader, part_format) as writer:
             for row in reader:
                 for sample in range(self.rule.n):
@@ -359,6 +362,21 @@ def test_scores_are_in_records_manifest_status_and_success(any_site: Site) -> No
     assert Counts.from_json(manifest["counts"]) == counts
 
 
+def test_malformed_tool_calls_are_counted_again_from_the_part(any_site: Site) -> None:
+    """A part whose commit record was lost tells the same counts, and so does the whole run."""
+    site = any_site
+    site.tools = True
+    opened = site.open()
+    site.publish(opened, opened.shards[0], "<TOOLCALL>")
+    site.publish(opened, opened.shards[1])
+    site.store.delete([f"_batchrun/{opened.directory.run}/parts/000000.json"])
+    again = site.open()
+    assert [part.counts.malformed_tool_calls for part in again.parts.values()] == [3, 0]
+    counts = again.directory.finish(again.shards, {}, success=True)
+    assert counts.malformed_tool_calls == 3
+    assert json.loads(site.store.read(SUCCESS) or b"")["malformed_tool_calls"] == 3
+
+
 def test_records_of_earlier_versions_are_read(site: Site) -> None:
     """A run that was begun before there were scores goes on, and says nothing of accuracy."""
     opened = site.open()
@@ -366,7 +384,7 @@ def test_records_of_earlier_versions_are_read(site: Site) -> None:
     for number in (0, 1):
         path = f"_batchrun/{opened.directory.run}/parts/{number:06d}.json"
         record = json.loads(site.store.read(path) or b"")
-        del record["counts"]["scores"]
+        del record["counts"]["scores"], record["counts"]["malformed_tool_calls"]
         site.store.put(path, json.dumps(record).encode())
     again = site.open()
     assert [part.counts.rows for part in again.parts.values()] == [3, 4]

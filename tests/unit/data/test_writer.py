@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
 from batchrun.data.writer import RESERVED_COLUMNS, PartFormat, PartWriter
 from batchrun.errors import BatchrunError
-from batchrun.records import Completion, Counts, FinishReason, Row
+from batchrun.records import Completion, Counts, FinishReason, Row, ToolCall
 from batchrun.scores import Scores, Verdict
 from tests.unit.data.parquet import planned, prompts, write
 
@@ -309,3 +310,23 @@ def test_verdicts_are_the_last_column(tmp_path: Path) -> None:
     assert table["correct"].to_pylist() == [True, True, False, True, None, None]
     # A tie is the first sample's: the second row's majority is wrong.
     assert part.counts.scores == Scores((0, 1, 1), majority_correct=1)
+
+
+def test_tool_calls_are_a_list_of_structs(tmp_path: Path) -> None:
+    """``tool_calls`` is there with tools alone, before logprobs, null where a sample has none;
+    samples that began a call that is none are counted."""
+    part_format = PartFormat("r", logprobs=True, tool_calls=True)
+    calls = (ToolCall("f", '{"x": "é"}'), ToolCall("g", "{}"))
+    with open_shard(tmp_path, 3) as reader, PartWriter(reader, part_format) as writer:
+        rows = list(reader)
+        writer.add(replace(completion(rows[0], 0), completion="", tool_calls=calls))
+        writer.add(replace(completion(rows[1], 0), completion="x <TOOLCALL>[", tool_calls=None))
+        writer.add(completion(rows[2], 0))
+        part = writer.finish()
+        table = pq.read_table(part.path)
+    assert table.schema.names[-3:] == ["error", "tool_calls", "logprobs"]
+    pair = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+    assert table.schema.field("tool_calls").type == pa.list_(pa.field("element", pair))
+    written = [{"name": "f", "arguments": '{"x": "é"}'}, {"name": "g", "arguments": "{}"}]
+    assert table["tool_calls"].to_pylist() == [written, None, None]
+    assert part.counts.malformed_tool_calls == 1

@@ -17,7 +17,7 @@ import train_tiny
 from batchrun.engine.chat import ChatTemplate, PromptError
 from batchrun.engine.tokenizer import Tokenizer
 from batchrun.errors import CheckpointError
-from batchrun.records import ErrorKind, Message
+from batchrun.records import ErrorKind, Message, ToolCall
 from tests.unit.engine.support import TINY
 
 TOKENIZER = Tokenizer.load(TINY)
@@ -70,6 +70,88 @@ def test_a_last_assistant_message_is_continued() -> None:
     assert begun.text.endswith("<think>\n3+4=") and begun.thinking
     closed = CHAT.encode([*user("3+4?"), Message("assistant", "7</think>")], reasoning=True)
     assert closed.text.endswith("<think>\n7</think>") and not closed.thinking
+
+
+ADD = {
+    "name": "add",
+    "description": "Adds <numbers> & more",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+}
+# The text of the published format, word for word.
+TOOLS_TEXT = (
+    "You can use the following tools to assist the user if required:"
+    "\n<AVAILABLE_TOOLS>[%s]</AVAILABLE_TOOLS>\n\n"
+    "If you decide to call any tool(s), use the following format:\n"
+    '<TOOLCALL>[{{"name": "tool_name1", "arguments": "tool_args1"}}, '
+    '{{"name": "tool_name2", "arguments": "tool_args2"}}]</TOOLCALL>\n\n'
+    "The user will execute tool-calls and return responses from tool(s) in this format:\n"
+    '<TOOL_RESPONSE>[{{"tool_response1"}}, {{"tool_response2"}}]</TOOL_RESPONSE>\n\n'
+    "Based on the tool responses, you can call additional tools if needed, correct tool calls if "
+    "any errors are found, or just respond to the user."
+)
+ADD_TEXT = (
+    '{"name": "add", "description": "Adds <numbers> & more", "parameters": {"type": "object", '
+    '"properties": {"a": {"type": "integer"}}, "required": ["a"]}}'
+)
+
+
+def test_the_golden_example_with_tools() -> None:
+    """Function schemas, wrapped or bare, are rendered as the published template does."""
+    tools = [{"type": "function", "function": ADD}, {"name": "now"}]
+    listed = TOOLS_TEXT % f'{ADD_TEXT}, {{"name": "now"}}'
+    end = "\n<SPECIAL_11>User\nHello\n<SPECIAL_11>Assistant\n<think>\n"
+    alone = CHAT.encode(user("Hello"), reasoning=True, tools=tools)
+    assert alone.text == f"<SPECIAL_10>System\n{listed}{end}"
+    assert alone.thinking
+    messages = [Message("system", " Be brief. "), *user("Hello")]
+    both = CHAT.encode(messages, reasoning=True, tools=tools)
+    assert both.text == f"<SPECIAL_10>System\nBe brief.\n\n{listed}{end}"
+
+
+def test_a_conversation_with_calls() -> None:
+    """An assistant's calls follow its text, and their results come in one turn of the user."""
+    calls = (ToolCall("add", '{"a": 1}'), ToolCall("now", "{}"))
+    messages = [
+        *user("1+2?"),
+        Message("assistant", "hm</think>Let me see.", calls),
+        Message("tool", "3"),
+        Message("tool", '"noon"'),
+        Message("assistant", "", calls[:1]),
+    ]
+    assert CHAT.encode(messages, reasoning=False).text == (
+        "<SPECIAL_10>System\n\n<SPECIAL_11>User\n1+2?\n"
+        "<SPECIAL_11>Assistant\nLet me see.\n\n"
+        '<TOOLCALL>[{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": {}}]'
+        "</TOOLCALL>\n<SPECIAL_12>\n"
+        '<SPECIAL_11>User\n<TOOL_RESPONSE>[3, "noon"]</TOOL_RESPONSE>\n'
+        '<SPECIAL_11>Assistant\n<TOOLCALL>[{"name": "add", "arguments": {"a": 1}}]</TOOLCALL>'
+        "\n<SPECIAL_12>\n<SPECIAL_11>Assistant\n<think></think>"
+    )
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), st.booleans())
+@settings(deadline=None)
+def test_texts_of_tools_and_calls_stay_texts(text: str, reasoning: bool) -> None:
+    """Special-token strings in schemas, names, arguments and results are plain words."""
+    tool = {"name": f"f{text}", "description": text, "parameters": {"properties": {text: True}}}
+    call = ToolCall(f"f{text}", json.dumps({text: text}))
+    messages = [*user("x"), Message("assistant", "", (call,)), Message("tool", text)]
+    encoded = CHAT.encode(messages, reasoning=reasoning, tools=[tool])
+    special = [i for i in encoded.token_ids if i in TOKENIZER.special_tokens.values()]
+    assert special == [1, 10, 11, 11, 12, 11, 11]
+    assert json.dumps(tool, ensure_ascii=False) in encoded.text
+    assert f'[{{"name": "{call.name}", "arguments": {call.arguments}}}]' in encoded.text
+    assert TOKENIZER.decode(encoded.token_ids) == encoded.text
+    assert encoded.thinking == reasoning
+
+
+def test_a_template_without_tools_refuses_them() -> None:
+    """Tools are never dropped in silence."""
+    chat = ChatTemplate("{{ messages[0].content }}", TOKENIZER, names={})
+    assert chat.encode(user("x"), reasoning=False).text == "x"
+    with pytest.raises(PromptError, match="has no place for tools") as error:
+        chat.encode(user("x"), reasoning=False, tools=[ADD])
+    assert error.value.kind is ErrorKind.TEMPLATE
 
 
 @pytest.mark.parametrize("thinking", [True, False])
