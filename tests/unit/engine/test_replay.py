@@ -83,6 +83,21 @@ def test_going_on_from_any_cut_ends_the_same(tiny: Engine) -> None:
         assert_same(outputs[piece.key, 0], whole[piece.key[0], 0])
 
 
+def test_a_bound_completion_goes_on_from_any_cut(tiny: Engine) -> None:
+    """The format takes the tokens that were taken over, too."""
+    bound = {"type": "regex", "pattern": "<[0-9]{2,4}>"}
+    requests = list(questions(tiny, 6, response_format=bound, min_tokens=0, stop=[]))
+    whole = run(tiny, requests)
+    assert sum(output.text.startswith("<") for output in whole.values()) >= 4
+    for request in requests:
+        output = whole[request.key, 0]
+        if output.error is not None:
+            continue
+        for at in range(len(output.generated.token_ids) + 1):
+            piece = replace(request, generated=cut(output.generated, at))
+            assert_same(run(tiny, [piece])[request.key, 0], output)
+
+
 @pytest.mark.parametrize("grace", [0, 3])
 def test_another_budget_takes_over_what_is_the_same(tiny: Engine, grace: int) -> None:
     """From every budget to every other, longer and shorter: the output of a run from scratch."""
