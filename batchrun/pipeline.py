@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -54,6 +54,7 @@ from batchrun.records import (
     Counts,
     ErrorKind,
     FinishReason,
+    Generated,
     Lease,
     Part,
     Row,
@@ -106,7 +107,7 @@ class WorkReport:
     """What one call of :meth:`Pipeline.work` brought.
 
     ``num_wanted`` is how many further leases would keep the engine full; ``idle`` says that
-    nothing is left to do. ``sampled_tokens`` are those of the engine so far, of unfinished rows
+    nothing is left to do. ``sampled_tokens`` are those of the pipeline so far, of unfinished rows
     too, and ``prefix_tokens`` those of prompts that it did not have to compute. A ``draining``
     pipeline takes no further leases.
     """
@@ -129,6 +130,7 @@ class _OpenLease:
     lease: Lease
     reader: ShardReader
     writer: PartWriter
+    known: Iterator[Generated | None]
     at_end: bool = False
     counts: Counts = field(default_factory=Counts)
     publishing: Future[Part] | None = None
@@ -168,11 +170,18 @@ class Pipeline:
         schema: InputSchema,
         part_format: PartFormat,
         clock: Callable[[], float] = time.monotonic,
+        known: Callable[[Lease], Iterator[Generated | None]] | None = None,
     ) -> None:
-        """``publish`` puts a finished part in its place and returns what stands there then."""
+        """``publish`` puts a finished part in its place and returns what stands there then.
+
+        ``known`` gives what another run has generated for the samples of a lease, in order; it
+        may end early.
+        """
         self._job = job
         self._engine = engine
         self._publish = publish
+        self._known = known
+        self._before = engine.stats()
         self._schema = schema
         self._format = part_format
         self._clock = clock
@@ -204,7 +213,8 @@ class Pipeline:
     def start(self, lease: Lease) -> None:
         """Take a lease; its rows follow those of the leases before."""
         reader = ShardReader(lease.shard, self._schema, self._job.input.storage_options)
-        self._leases.append(_OpenLease(lease, reader, PartWriter(reader, self._format)))
+        known = iter(()) if self._known is None else self._known(lease)
+        self._leases.append(_OpenLease(lease, reader, PartWriter(reader, self._format), known))
 
     def work(self, seconds: float) -> WorkReport:
         """Work for about so long, or until a lease has ended, or nothing is left to do.
@@ -240,8 +250,8 @@ class Pipeline:
             ),
             num_wanted=self._num_wanted(),
             idle=not self._leases,
-            sampled_tokens=stats.sampled_tokens,
-            prefix_tokens=stats.prefix_tokens,
+            sampled_tokens=stats.sampled_tokens - self._before.sampled_tokens,
+            prefix_tokens=stats.prefix_tokens - self._before.prefix_tokens,
             draining=self.draining,
             metrics=self._recorder.take(),
         )
@@ -333,7 +343,9 @@ class Pipeline:
 
     def _add(self, item: _OpenLease, row: Row) -> None:
         """One row into the engine, or straight to the part when it cannot run."""
-        requests = self._requests(item.lease, row)
+        # Taken for every row, whatever becomes of it: they are in the order of the samples.
+        known = [next(item.known, None) for _ in range(self._format.n)]
+        requests = self._requests(item.lease, row, known)
         if isinstance(requests, RowError):
             failed = [
                 self._scored(_failed(row, sample, requests), row.answer)
@@ -349,7 +361,9 @@ class Pipeline:
         for request in requests:
             self._engine.add(request)
 
-    def _requests(self, lease: Lease, row: Row) -> list[Request] | RowError:
+    def _requests(
+        self, lease: Lease, row: Row, known: Sequence[Generated | None]
+    ) -> list[Request] | RowError:
         """The samples of a row as requests, or why there are none."""
         prompt = self._prompts.build(row)
         if isinstance(prompt, RowError):
@@ -377,6 +391,7 @@ class Pipeline:
                 seed=seed,
                 sample=sample,
                 thinking=encoded.thinking,
+                generated=known[sample],
             )
             for sample in range(self._format.n)
         ]
@@ -400,6 +415,8 @@ class Pipeline:
             open_row.queued_s = queued_s
         open_row.prefix_tokens[output.sample] = output.prefix_tokens
         completion = _completion(open_row.row, output)
+        if self._format.traces and output.error is None:
+            completion = replace(completion, generated=output.generated)
         if self._format.tool_calls:
             completion = _with_calls(completion)
         if self._judge is None or self._judge.is_quick or completion.completion is None:

@@ -114,13 +114,27 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Generated:
+    """What was sampled for a sample of a row: all that is needed to take it over elsewhere.
+
+    ``token_ids`` are the sampled tokens from the first on, without those written by force.
+    ``logprobs`` has one entry each, None when they were not asked for. ``closed_after`` is how
+    many had been sampled when ``</think>`` was forced; None when it was not.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    closed_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished sample of one row, as it goes to the journal and to the output.
 
     Token counts are those of the output's columns; ``error`` is set exactly when
     ``finish_reason`` is ``error``, and then both texts are null. ``verdict`` is there exactly
-    when the job asks for scores. ``tool_calls`` are those that the completion held, and
-    holds no more.
+    when the job asks for scores, ``generated`` only where the run keeps its tokens. ``tool_calls``
+    are those that the completion held, and holds no more.
     """
 
     ordinal: int
@@ -136,6 +150,7 @@ class Completion:
     error: str | None = None
     logprobs: tuple[float | None, ...] | None = None
     verdict: Verdict | None = None
+    generated: Generated | None = None
     tool_calls: tuple[ToolCall, ...] | None = None
 
 

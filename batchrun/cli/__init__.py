@@ -24,6 +24,7 @@ from batchrun.wording import nearest
 COMMANDS = {
     "submit": "Run a job on this machine, with live progress.",
     "run": "Run a job inside an existing Ray cluster.",
+    "sweep": "Run a job at several thinking budgets: accuracy and cost of each.",
     "validate": "Check a job without running it: every problem, with its line.",
     "status": "Show how far a run is, from its output alone.",
     "verify": "Prove that an output holds every row once.",
@@ -32,7 +33,7 @@ COMMANDS = {
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 
-PLANNED = ("plan", "list", "logs", "cancel", "report", "retry", "sweep", "schedule")
+PLANNED = ("plan", "list", "logs", "cancel", "report", "retry", "schedule")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75

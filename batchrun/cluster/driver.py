@@ -16,14 +16,14 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchrun.cluster.capacity import Capacity, WorkerShape, plan_shape
 from batchrun.cluster.opening import CheckedJob, check
 from batchrun.cluster.session import nodes_are_coming, ray_lives, ray_session, read_capacity
 from batchrun.cluster.summary import Summary
 from batchrun.cluster.tally import Progress, Tally
-from batchrun.cluster.worker import WorkerSettings
+from batchrun.cluster.worker import TraceSource, WorkerSettings
 from batchrun.coordinator import (
     Command,
     Event,
@@ -126,29 +126,63 @@ def run_job(
     started = time.monotonic()
     view = view or NoView()
     checked = check(job, source)
+    with Cluster(job, address, view) as cluster:
+        return run_checked(
+            checked, cluster, started=started, deterministic=deterministic, stop=stop, view=view
+        )
+
+
+def run_checked(
+    checked: CheckedJob,
+    cluster: Cluster,
+    *,
+    started: float,
+    deterministic: bool = False,
+    stop: threading.Event | None = None,
+    view: View | None = None,
+    source: TraceSource | None = None,
+) -> Summary:
+    """:func:`run_job` for a job that was checked, in a cluster that may outlive the run.
+
+    ``started`` is when the clock of the run began; ``source`` is a run whose tokens are taken
+    over as far as they are the same.
+    """
+    view = view or NoView()
     with ExitStack() as stack:
-        cluster = _Cluster(job, address, stack, view)
-        if address is not None or cluster.is_choosy:
+        if not cluster.is_local or cluster.is_choosy:
             cluster.connect()  # what it cannot give is known before anything is written
         lock = stack.enter_context(RunLock(checked.store, checked.run))
         driver = _Driver(checked, checked.open(), lock, started, view, stop or threading.Event())
         stack.callback(driver.close)
-        return driver.run(cluster, deterministic)
+        return driver.run(cluster, deterministic, source)
 
 
-class _Cluster:
-    """The cluster of a run, connected to when it is needed."""
+class Cluster:
+    """The cluster of one run, or of several of one job after each other; connected to when it is
+    needed, and until the end of the ``with``."""
 
-    def __init__(self, job: Job, address: str | None, stack: ExitStack, view: View) -> None:
+    def __init__(
+        self, job: Job, address: str | None, view: View, *, keeps_workers: bool = False
+    ) -> None:
+        """With ``keeps_workers`` the next run gets the workers of the one before, with the model
+        that they have loaded; the runs must agree in model, resources and determinism."""
         self.is_local = address is None
+        self.spares: list[Any] | None = [] if keeps_workers else None
+        """Idle workers without a run."""
         self._resources = job.resources
         self._runtime_env = job.ray.runtime_env
         self._address = address
-        self._stack = stack
+        self._stack = ExitStack()
         self._view = view
         self._shape: WorkerShape | None = None
         self._capacity: Capacity | None = None
         self._check_at = 0.0
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     @property
     def is_choosy(self) -> bool:
@@ -162,6 +196,7 @@ class _Cluster:
             self._capacity = self._stack.enter_context(
                 ray_session(self._address, wanted.num_workers, self._runtime_env)
             )
+            self._stack.callback(self._end_spares)
             gpus = wanted.gpus_per_worker
             self._shape = plan_shape(
                 self._capacity,
@@ -191,6 +226,12 @@ class _Cluster:
         assert self._capacity is not None and self._shape is not None
         most = max((n.num_cpus // self._shape.num_cpus for n in self._capacity.nodes), default=1)
         return max(1, min(self._resources.num_workers, most))
+
+    def _end_spares(self) -> None:
+        from batchrun.cluster.fleet import end_actor
+
+        for actor in self.spares or ():
+            end_actor(actor)
 
     def _wait_for_nodes(self, capacity: Capacity, shape: WorkerShape) -> None:
         """Bear a cluster that cannot hold a worker yet, as long as it is growing."""
@@ -237,12 +278,13 @@ class _Driver:
         self._metrics = RunMetrics(job.name, checked.run)
         self._fleet: Fleet | None = None
         self._outcome: Outcome | None = None
+        self._ready_at: float | None = None  # when the first worker had loaded
         self._restarts = 0
         self._counted_discarded = 0
         self._counted = Counts()  # rows that the counters of the metrics hold already
         self._shown_at = self._saved_at = float("-inf")
 
-    def run(self, cluster: _Cluster, deterministic: bool) -> Summary:
+    def run(self, cluster: Cluster, deterministic: bool, source: TraceSource | None) -> Summary:
         """Work until the coordinator ends the run."""
         if self._opened.parts and not self._stop.is_set():
             done, total = self._tally.done().rows, self._tally.total_rows
@@ -250,7 +292,7 @@ class _Driver:
         commands = self._state.handle(RunStarted())
         if not self._state.finished:
             self._serve_metrics()
-            self._fleet = self._make_fleet(cluster, deterministic)
+            self._fleet = self._make_fleet(cluster, deterministic, source)
         self._do(commands)
         while self._outcome is None:
             if self._stop.is_set():
@@ -276,7 +318,9 @@ class _Driver:
         assert self._fleet is not None
         return self._fleet
 
-    def _make_fleet(self, cluster: _Cluster, deterministic: bool) -> Fleet:
+    def _make_fleet(
+        self, cluster: Cluster, deterministic: bool, source: TraceSource | None
+    ) -> Fleet:
         shape = cluster.connect()
         from batchrun.cluster.fleet import Fleet
 
@@ -289,8 +333,9 @@ class _Driver:
             num_threads=shape.num_threads,
             num_neighbours=cluster.num_neighbours(),
             deterministic=deterministic,
+            source=source,
         )
-        return Fleet(settings, shape, job.errors.hang_timeout_s)
+        return Fleet(settings, shape, job.errors.hang_timeout_s, spares=cluster.spares)
 
     def _serve_metrics(self) -> None:
         wanted = self._checked.job.metrics
@@ -332,6 +377,7 @@ class _Driver:
 
         match news:
             case WorkerLoaded(worker, loaded, waited_s):
+                self._ready_at = self._ready_at or time.monotonic()
                 self._spent(worker, "load", loaded.load_s)
                 self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
                 self._handle(WorkerReady(worker))
@@ -467,8 +513,10 @@ class _Driver:
             },
             generated_rows=generated.rows,
             generated_tokens=generated.reasoning_tokens + generated.completion_tokens,
+            sampled_tokens=sum(self._tally.sampled_tokens.values()),
             prefix_tokens=sum(self._tally.prefix_tokens.values()),
             discarded_tokens=self._tally.discarded_tokens,
             restarts=self._restarts,
             elapsed_s=now - self._started,
+            startup_s=(self._ready_at or now) - self._started,
         )

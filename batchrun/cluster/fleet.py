@@ -72,6 +72,19 @@ class _Member:
     idle_since: float | None = None
     starved_s: float = 0.0
 
+    @property
+    def is_spare(self) -> bool:
+        """Whether it is whole and has nothing to do."""
+        return (
+            self.loaded is not None and self.call is None and not self.queue and not self.draining
+        )
+
+
+def end_actor(actor: Any) -> None:
+    """End a worker's process."""
+    if ray.is_initialized():  # else Ray died, and its actors with it
+        ray.kill(actor, no_restart=True)
+
 
 class Fleet:
     """The workers, by the names that the coordinator gave them."""
@@ -82,7 +95,11 @@ class Fleet:
         shape: WorkerShape,
         hang_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        spares: list[Any] | None = None,
     ) -> None:
+        """``spares`` are idle actors of an earlier fleet with the same model and shape: they are
+        taken before new ones are started, and workers that are stopped while idle go there."""
+        self._spares = spares
         self._settings = settings
         self._hang_timeout_s = hang_timeout_s
         self._clock = clock
@@ -97,11 +114,14 @@ class Fleet:
 
     def start(self, worker: str) -> None:
         """Ask the cluster for a worker; news of it comes when it has loaded its model."""
-        actor = self._actor.remote(self._settings)
+        if self._spares:
+            actor = self._spares.pop()
+            call = actor.take_on.remote(self._settings)
+        else:
+            actor = self._actor.remote(self._settings)
+            call = actor.load.remote()
         now = self._clock()
-        self._members[worker] = _Member(
-            actor, asked_at=now, call=actor.load.remote(), called_at=now
-        )
+        self._members[worker] = _Member(actor, asked_at=now, call=call, called_at=now)
 
     def give(self, worker: str, lease: Lease) -> None:
         """Give a lease to a worker; it begins with it at its next call."""
@@ -111,10 +131,18 @@ class Fleet:
             self._call(member)
 
     def stop(self, worker: str) -> None:
-        """End a worker at once."""
+        """End a worker at once, or keep it as a spare."""
+        member = self._members.get(worker)
+        if self._spares is not None and member is not None and member.is_spare:
+            self._spares.append(member.actor)
+            del self._members[worker]
+        else:
+            self._kill(worker)
+
+    def _kill(self, worker: str) -> None:
         member = self._members.pop(worker, None)
-        if member is not None and ray.is_initialized():  # else Ray died, and its actors with it
-            ray.kill(member.actor, no_restart=True)
+        if member is not None:
+            end_actor(member.actor)
 
     def stop_all(self) -> None:
         """End all workers at once."""
@@ -218,7 +246,7 @@ class Fleet:
         loading = self._members[worker].loaded is None
         own = cause if isinstance(cause, BatchrunError) else None
         message = own.message if own is not None else f"{type(cause).__name__}: {cause}"
-        self.stop(worker)
+        self._kill(worker)
         kind = LossCause.LOAD if loading else LossCause.CRASH
         return WorkerGone(worker, kind, message, node_lived=True, error=own)
 
@@ -228,7 +256,7 @@ class Fleet:
         text = " ".join(str(error).split())[:300]
         lived = not member.draining and self._node_lives(member, text)
         loading = member.loaded is None
-        self.stop(worker)
+        self._kill(worker)
         kind = LossCause.NODE if not lived else LossCause.LOAD if loading else LossCause.CRASH
         return WorkerGone(worker, kind, f"the worker's process died: {text}", node_lived=lived)
 
@@ -239,7 +267,7 @@ class Fleet:
             if member.call is None or member.loaded is None:
                 continue
             if now - member.called_at > self._hang_timeout_s + WORK_S:
-                self.stop(worker)
+                self._kill(worker)
                 message = f"no engine step for {self._hang_timeout_s:g} s"
                 yield WorkerGone(worker, LossCause.HANG, message, node_lived=True)
 

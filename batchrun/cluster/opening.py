@@ -28,12 +28,24 @@ _LICENSES = (("Apache License", "Apache-2.0"), ("MIT License", "MIT"))
 
 @dataclass(frozen=True, slots=True)
 class CheckedJob:
-    """A job that can run: nothing is written yet. ``semantic`` is what makes its content."""
+    """A job that can run: nothing is written yet. ``semantic`` is what makes its content; with
+    ``keeps_traces`` its run keeps the sampled tokens beside its parts."""
 
     job: Job
     store: Store
     semantic: dict[str, object]
     model_license: str | None
+    keeps_traces: bool = False
+
+    def variant(self, job: Job) -> CheckedJob:
+        """Another job, which differs from this one only in how it thinks and in its output.
+
+        Raises OutputError when that output holds another job's run.
+        """
+        semantic = {**job.semantic(), "checkpoint": self.semantic["checkpoint"]}
+        store = Store.open(job.output.path, job.output.storage_options)
+        check_output(store, semantic)
+        return CheckedJob(job, store, semantic, self.model_license)
 
     @property
     def run(self) -> str:
@@ -58,6 +70,7 @@ class CheckedJob:
             correct=self.job.evaluate is not None,
             tool_calls=self.job.has_tools,
             compression=self.job.output.compression,
+            traces=self.keeps_traces,
             metadata=metadata,
         )
 

@@ -13,8 +13,11 @@ from batchrun.records import Counts
 @dataclass(frozen=True, slots=True)
 class Summary:
     """The end of a run. Rows and tokens are those of the whole output; ``generated_rows`` and
-    ``generated_tokens`` those of this submit alone, ``prefix_tokens`` the tokens of prompts that
-    it did not have to compute, as another prompt with the same beginning had been there."""
+    ``generated_tokens`` those of this submit alone. ``sampled_tokens`` are what its engines
+    sampled: tokens of rows that were lost count too, tokens taken over from another run do not.
+    ``prefix_tokens`` are the tokens of prompts that it did not have to compute, as another prompt
+    with the same beginning had been there. ``startup_s`` of ``elapsed_s`` passed before the first
+    worker had its model."""
 
     name: str
     run_id: str
@@ -28,10 +31,12 @@ class Summary:
     failed_shards: Mapping[str, str]
     generated_rows: int
     generated_tokens: int
+    sampled_tokens: int
     prefix_tokens: int
     discarded_tokens: int
     restarts: int
     elapsed_s: float
+    startup_s: float
 
     @property
     def exit_code(self) -> int:
@@ -94,9 +99,11 @@ class Summary:
             **counts,
             "evaluation": None if scores is None else scores.report(),
             "generated_tokens": generated,
+            "sampled_tokens": self.sampled_tokens,
             "prefix_tokens": self.prefix_tokens,
             "discarded_tokens": self.discarded_tokens,
             "tokens_per_s": round(generated / self.elapsed_s, 1) if self.elapsed_s else 0.0,
             "worker_restarts": self.restarts,
             "elapsed_s": round(self.elapsed_s, 3),
+            "startup_s": round(self.startup_s, 3),
         }

@@ -10,18 +10,29 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from batchrun.job import Job
-from batchrun.records import Lease, Part
+from batchrun.records import Generated, Lease, Part
 
 if TYPE_CHECKING:
     from batchrun.data.schema import InputSchema
     from batchrun.data.writer import PartFile, PartFormat
+    from batchrun.engine.engine import Engine
     from batchrun.engine.options import EngineOptions
     from batchrun.pipeline import Pipeline, WorkReport
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSource:
+    """A run over the same rows that differs in the thinking budget alone and kept its tokens."""
+
+    run: str
+    path: str
+    storage_options: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +40,7 @@ class WorkerSettings:
     """What a worker needs to know; small plain values, as they travel through Ray.
 
     ``num_neighbours`` is how many workers at most share this worker's machine, itself included:
-    on a CPU they share its memory.
+    on a CPU they share its memory. ``source`` is whose tokens are taken over.
     """
 
     job: Job
@@ -39,6 +50,7 @@ class WorkerSettings:
     num_threads: int
     num_neighbours: int
     deterministic: bool
+    source: TraceSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        self._engine: Engine | None = None
         self._pipeline: Pipeline | None = None
         self._draining = False
 
@@ -65,16 +78,37 @@ class Worker:
         """Load the engine; may take minutes. Raises CheckpointError and the like."""
         from batchrun.engine.engine import Engine
         from batchrun.llm import find_checkpoint
-        from batchrun.pipeline import Pipeline
 
         started = time.monotonic()
         # Ray ends a preempted node's processes with SIGTERM first: finish, start nothing new.
         signal.signal(signal.SIGTERM, self._on_sigterm)
         job = self._settings.job
         folder = find_checkpoint(job.model.path, job.model_storage_options)
-        engine = Engine.load(folder, self._options())
+        self._engine = Engine.load(folder, self._options())
+        return self._begin(started)
+
+    def take_on(self, settings: WorkerSettings) -> Loaded:
+        """Work for another run with the engine that is there.
+
+        The runs must agree in model and resources.
+        """
+        started = time.monotonic()
+        self._loaded().close()
+        self._settings = settings
+        return self._begin(started)
+
+    def _begin(self, started: float) -> Loaded:
+        from batchrun.pipeline import Pipeline
+
+        engine, settings = self._engine, self._settings
+        assert engine is not None
         self._pipeline = Pipeline(
-            job, engine, self._publish, self._settings.schema, self._settings.part_format
+            settings.job,
+            engine,
+            self._publish,
+            settings.schema,
+            settings.part_format,
+            known=None if settings.source is None else self._known,
         )
         return Loaded(
             host=socket.gethostname(),
@@ -110,6 +144,16 @@ class Worker:
         store = Store.open(output.path, output.storage_options)
         directory = RunDirectory(store, self._settings.run, n=self._settings.part_format.n)
         return directory.publish(part_file, lease)
+
+    def _known(self, lease: Lease) -> Iterator[Generated | None]:
+        """What another run generated for the samples of a lease."""
+        from batchrun.data.store import Store
+        from batchrun.data.traces import read_traces
+
+        source = self._settings.source
+        assert source is not None
+        store = Store.open(source.path, source.storage_options)
+        return read_traces(store, source.run, lease.shard, self._settings.part_format.n)
 
     def _options(self) -> EngineOptions:
         from batchrun.engine.options import EngineOptions

@@ -33,6 +33,16 @@ def part_name(run: str, shard: Shard) -> str:
     It is made of the run and of the very input bytes, so that a worker of another run, or of
     another version of the input, can never take it.
     """
+    return f"part-{shard.number:06d}-{_digest(run, shard)[:8]}.parquet"
+
+
+def traces_path(run: str, shard: Shard) -> str:
+    """The sampled tokens of a shard's part. Named by the rows themselves: another run of the same
+    input may number its shards otherwise."""
+    return f"{run_folder(run)}/traces/{_digest(run, shard)}.parquet"
+
+
+def _digest(run: str, shard: Shard) -> str:
     pinned = [
         run,
         shard.path,
@@ -42,15 +52,15 @@ def part_name(run: str, shard: Shard) -> str:
         shard.first_row,
         shard.num_rows,
     ]
-    digest = hashlib.sha256(canonical_json(pinned).encode()).hexdigest()
-    return f"part-{shard.number:06d}-{digest[:8]}.parquet"
+    return hashlib.sha256(canonical_json(pinned).encode()).hexdigest()
 
 
 def run_folder(run: str) -> str:
     """The folder of a run's bookkeeping.
 
     In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
-    ``parts/`` and ``failed/``, one a shard; ``progress.json``; ``manifest-<n>.json``. The names
+    ``parts/`` and ``failed/``, one a shard; ``traces/``, one a shard, where the run keeps them;
+    ``progress.json``; ``manifest-<n>.json``. The names
     ``journal/<shard>/<attempt>/`` and ``strikes/<shard>/`` are kept for the journal of rows.
     """
     return f"{FOLDER}/{run}"

@@ -20,6 +20,7 @@ from batchrun.data.layout import (
     part_name,
     run_folder,
     run_id,
+    traces_path,
 )
 from batchrun.data.parts import check_part, part_from_json, part_from_object, part_to_json
 from batchrun.data.plan import PlanRule, append_plan, change_plan, count_rows, read_plan
@@ -72,6 +73,10 @@ class RunDirectory:
             "batchrun-rows": str(part_file.num_rows),
             "batchrun-sha256": part_file.sha256,
         }
+        if part_file.traces is not None:
+            # First, so that whoever finds the part finds them too.
+            path = traces_path(self.run, shard)
+            self.store.put_if_absent(path, part_file.traces, lease.attempt)
         if self.store.put_if_absent(name, part_file.path, lease.attempt, metadata):
             part = Part(
                 shard=shard.number,

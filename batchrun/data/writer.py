@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from batchrun.data.parts import CALLS_COLUMN, MAJORITY_KEY, RUN_KEY
 from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
+from batchrun.data.traces import TraceWriter
 from batchrun.data.types import repeat
 from batchrun.errors import BatchrunError, StorageError
 from batchrun.records import Completion, Counts, ToolCall, row_scores
@@ -23,6 +24,7 @@ from batchrun.tools import is_malformed
 # A row group is written when this many rows, or this much text, stand ready in order.
 _FLUSH_ROWS = 8192
 _FLUSH_BYTES = 16 << 20
+_TRACE_BYTES_PER_TOKEN = 40  # an id in a tuple, and perhaps its log-probability
 
 RESERVED_COLUMNS = (
     "id",
@@ -46,7 +48,7 @@ class PartFormat:
     """What parts of a run look like, the same for all of them.
 
     ``run`` is the run's id; ``metadata`` the rest of the schema metadata (``batchrun.version``
-    and so on).
+    and so on). With ``traces`` the sampled tokens are kept in a file beside each part.
     """
 
     run: str
@@ -55,6 +57,7 @@ class PartFormat:
     correct: bool = False
     tool_calls: bool = False
     compression: str = "zstd"
+    traces: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def schema(self, carried: pa.Schema) -> pa.Schema:
@@ -93,6 +96,7 @@ class PartFile:
     sha256: str
     num_rows: int
     counts: Counts
+    traces: Path | None = None
 
 
 class PartWriter:
@@ -119,6 +123,8 @@ class PartWriter:
         self._writer = pq.ParquetWriter(
             self._path, self._schema, compression=part_format.compression
         )
+        traces = self._spool.path / "traces.parquet"
+        self._traces = TraceWriter(traces) if part_format.traces else None
 
     @property
     def num_missing(self) -> int:
@@ -160,6 +166,8 @@ class PartWriter:
             self._writer.add_key_value_metadata({MAJORITY_KEY: str(scores.majority_correct)})
         try:
             self._writer.close()
+            if self._traces is not None:
+                self._traces.close()
         except OSError as error:
             raise self._disk_error(error) from error
         num_rows = shard.num_rows * self._format.n
@@ -175,12 +183,15 @@ class PartWriter:
             sha256=_sha256(self._path),
             num_rows=num_rows,
             counts=self._counts,
+            traces=None if self._traces is None else self._traces.path,
         )
 
     def close(self) -> None:
         """Give up the file and everything in it. May be called twice, and after publishing."""
         with contextlib.suppress(OSError, pa.ArrowException):
             self._writer.close()  # it is deleted anyway
+            if self._traces is not None:
+                self._traces.close()
         self._spool.remove()
 
     def __enter__(self) -> PartWriter:
@@ -213,6 +224,11 @@ class PartWriter:
             + sum(len(call.arguments) for call in sample.tool_calls or ())
             for sample in row
         )
+        if self._traces is not None:
+            self._ready_bytes += sum(
+                _TRACE_BYTES_PER_TOKEN * (sample.reasoning_tokens + sample.completion_tokens)
+                for sample in row
+            )
 
     def _flush(self) -> None:
         if not self._ready:
@@ -242,6 +258,8 @@ class PartWriter:
         ]
         try:
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+            if self._traces is not None:
+                self._traces.write(rows)
         except OSError as error:
             raise self._disk_error(error) from error
         self._num_written += len(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,8 @@ _PATIENCE = 4
 class EngineStats:
     """Facts for metrics. Slots and blocks now, without those of snapshots; the others since the
     engine was loaded. ``prompt_tokens`` were computed, ``prefix_tokens`` are the other tokens of
-    prompts: they came with the state that another prompt with the same beginning had left."""
+    prompts: they came with the state that another prompt with the same beginning had left, or
+    belong to an output that was all there already."""
 
     slots_used: int
     slots_total: int
@@ -128,7 +129,7 @@ class Engine:
             prefixes=prefixes,
         )
         self._sequences: dict[Hashable, dict[int, Sequence]] = {}
-        self._rejected: list[Output] = []
+        self._ready: list[Output] = []
         self._steps = 0
         self._step_seconds = 0.0
         self._last_step_seconds = 0.0
@@ -221,7 +222,7 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         """Requests whose output is still to come."""
-        return self.num_waiting + self.num_running + len(self._rejected)
+        return self.num_waiting + self.num_running + len(self._ready)
 
     def admission_error(
         self, num_prompt_tokens: int, params: SamplingParams, *, thinking: bool = False
@@ -254,7 +255,8 @@ class Engine:
         return None if reason is None else RowError(ErrorKind.ENGINE, f"response_format: {reason}")
 
     def add(self, request: Request) -> None:
-        """Queue a request. One that can never run comes out of the next step with its error.
+        """Queue a request. One that can never run comes out of the next step with its error, one
+        whose output is all in what it brings (:attr:`Request.generated`) with that.
 
         :raises ValueError: (key, sample) is in the engine already.
         """
@@ -262,7 +264,7 @@ class Engine:
             raise ValueError(f"request {request.key!r}, sample {request.sample} is there already")
         error = self._check(request)
         if error is not None:
-            self._rejected.append(_error_output(request, error))
+            self._ready.append(_error_output(request, error))
             return
         num_prompt = len(request.prompt_token_ids)
         max_tokens = request.params.max_tokens or self.max_model_len - num_prompt
@@ -274,19 +276,28 @@ class Engine:
             num_reserved=num_prompt + max_tokens + num_forced,
             added_at=time.monotonic(),
         )
+        if transcript.error is not None:
+            error = RowError(ErrorKind.ENGINE, f"response_format: {transcript.error}")
+            self._ready.append(_error_output(request, error))
+            return
+        if transcript.finish_reason is not None:
+            output = _output(sequence, sequence.added_at)
+            self._ready.append(replace(output, prefix_tokens=num_prompt))
+            self._prefix_tokens += num_prompt
+            return
         self._sequences.setdefault(request.key, {})[request.sample] = sequence
         self._scheduler.add(sequence)
 
     def abort(self, key: Hashable) -> int:
         """Drop all samples of a key; they give no output.
 
-        :returns: how many sampled tokens are lost with them.
+        :returns: how many tokens that were sampled here are lost with them.
         """
-        self._rejected = [output for output in self._rejected if output.key != key]
+        self._ready = [output for output in self._ready if output.key != key]
         dropped = set(self._sequences.pop(key, {}).values())
         if dropped:
             self._scheduler.abort(dropped)
-        return sum(sequence.transcript.num_sampled for sequence in dropped)
+        return sum(s.transcript.num_sampled - s.num_replayed for s in dropped)
 
     def progress(self, key: Hashable) -> Progress | None:
         """How far the unfinished samples of a key are; None when there are none."""
@@ -309,7 +320,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Schedule, run, sample; the outputs of the sequences that ended."""
         started = time.monotonic()
-        outputs, self._rejected = self._rejected, []
+        outputs, self._ready = self._ready, []
         step = self._scheduler.schedule()
         if not step:
             return outputs
@@ -383,6 +394,14 @@ class Engine:
                 ErrorKind.INVALID_PROMPT,
                 f"a prompt token id is outside the vocabulary of {self.config.vocab_size}",
             )
+        if request.generated is not None:
+            ids, logprobs = request.generated.token_ids, request.generated.logprobs
+            if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+                message = "a token that was generated before is outside the vocabulary"
+                return RowError(ErrorKind.ENGINE, message)
+            if logprobs is None and ids and request.params.logprobs is not None:
+                message = "tokens that were generated before lack their log-probabilities"
+                return RowError(ErrorKind.ENGINE, message)
         return self.admission_error(len(prompt), request.params, thinking=request.thinking)
 
     def _transcript(self, request: Request, max_tokens: int) -> Transcript:

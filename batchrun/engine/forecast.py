@@ -93,7 +93,7 @@ class Forecast:
 
     def rank(self, sequence: Sequence) -> int:
         """The expected work, in logarithmic ranks: higher is longer."""
-        work = self.num_tokens(sequence)
+        work = max(0.0, self.num_tokens(sequence) - sequence.num_replayed)
         work += len(sequence.request.prompt_token_ids) / self._max_batch_tokens
         return round(_RANKS_PER_DOUBLING * math.log2(1 + work))
 

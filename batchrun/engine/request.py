@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from batchrun.engine.params import SamplingParams
-from batchrun.records import FinishReason, RowError
+from batchrun.records import FinishReason, Generated, RowError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,12 @@ class Request:
     engine. ``seed`` (any integer, its low 64 bits count) and ``sample`` determine the random
     numbers; ``params.seed`` and ``params.n`` are not looked at. ``thinking`` says that the prompt
     leaves ``<think>`` open, so the output begins with reasoning.
+
+    ``generated`` is what was sampled for the same prompt, seed, sample and sampling parameters
+    before, with any thinking budget and any ``max_tokens``, and up to any token. It is taken over
+    as far as this request would sample the same, without running a step for it: up to where the
+    one was made to close its reasoning and the other was not, or to where this one ends. Then the
+    generation goes on from there, with the random numbers of that position.
     """
 
     key: Hashable
@@ -25,6 +31,7 @@ class Request:
     seed: int = 0
     sample: int = 0
     thinking: bool = False
+    generated: Generated | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +69,20 @@ class Output:
     prefix_tokens: int = 0
     timings: Timings = Timings()
     error: RowError | None = None
+
+    @property
+    def generated(self) -> Generated:
+        """What was sampled, for another request of the same prompt to take over."""
+        start = self.num_reasoning_tokens
+        end = len(self.token_ids) - self.num_completion_tokens
+        closed = self.thinking_budget_hit
+        sampled = (
+            None
+            if self.logprobs is None
+            else tuple(value for value in self.logprobs if value is not None)
+        )
+        return Generated(
+            token_ids=(*self.token_ids[:start], *self.token_ids[end:]),
+            logprobs=sampled,
+            closed_after=start if closed else None,
+        )

@@ -11,6 +11,8 @@ class Sequence:
     """A request with its tokens, its place in the pools and its transcript.
 
     ``tokens`` are prompt and output; the model's state holds the first ``num_context`` of them.
+    The first ``num_given`` were there from the start: the prompt, a reasoning that is closed at
+    once, and what was taken over from an earlier generation (``num_replayed`` sampled tokens).
     A sequence decodes when its state holds all but one; until then it prefills, be it the prompt
     or forced tokens. What counts is what the state holds, never the length of the chunk: the
     first token of a prompt of one token is a prefill.
@@ -24,6 +26,8 @@ class Sequence:
         "first_token_at",
         "marks",
         "num_context",
+        "num_given",
+        "num_replayed",
         "num_reserved",
         "request",
         "slot",
@@ -41,6 +45,9 @@ class Sequence:
         self.transcript = transcript
         self.num_reserved = num_reserved
         self.tokens = [*request.prompt_token_ids, *transcript.begin()]
+        self._replay()
+        self.num_given = len(self.tokens)
+        self.num_replayed = transcript.num_sampled
         self.num_context = 0
         self.slot: int | None = None
         self.blocks: tuple[int, ...] = ()
@@ -72,10 +79,25 @@ class Sequence:
 
     @property
     def is_in_prompt(self) -> bool:
-        """Whether the prompt is not all in the state yet."""
-        return self.num_context < len(self.request.prompt_token_ids)
+        """Whether what the sequence began with is not all in the state yet."""
+        return self.num_context < self.num_given
 
     def append(self, token_id: int, logprob: float | None) -> None:
         """Take a sampled token and whatever is forced after it."""
         self.tokens.append(token_id)
         self.tokens += self.transcript.push(token_id, logprob)
+
+    def _replay(self) -> None:
+        """Take over what was generated before, as far as it is what would be sampled here."""
+        generated, transcript = self.request.generated, self.transcript
+        if generated is None:
+            return
+        logprobs = generated.logprobs or (None,) * len(generated.token_ids)
+        closed_after = generated.closed_after
+        for count, (token_id, logprob) in enumerate(
+            zip(generated.token_ids, logprobs, strict=True)
+        ):
+            was_closed = closed_after is not None and closed_after <= count
+            if transcript.finish_reason is not None or was_closed != transcript.budget_hit:
+                return
+            self.append(token_id, logprob)
