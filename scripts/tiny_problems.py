@@ -50,6 +50,20 @@ EXPRESSION_PHRASINGS: tuple[str, ...] = (
     "Here's one for you: {e}",
     "Q: {e}\nA:",
     "The following should be worked out: {e}",
+    "Please compute {e}.",
+    "please calculate {e}",
+    "Can you work out {e}?",
+    "Could you compute {e}?",
+    "what is {e}",
+    "how much is {e}",
+    "I need {e}.",
+    "{e}, what is that?",
+    "Just the result: {e}",
+    "Answer this: {e}",
+    "If I compute {e}, what do I get?",
+    "Would you tell me what {e} is?",
+    "We had {e}, so what comes out?",
+    "The task is {e}. What is right?",
 )
 LIST_PHRASINGS: tuple[str, ...] = (
     "Add {l}.",
@@ -62,6 +76,20 @@ LIST_PHRASINGS: tuple[str, ...] = (
     "Here are some numbers: {l}. What do they add up to?",
     "My numbers: {l}. I'd like the sum, please.",
     "Sum: {l}",
+    "Please add {l}.",
+    "please add {l}",
+    "add {l}",
+    "Can you add {l}?",
+    "Could you sum {l}?",
+    "What do {l} add up to?",
+    "what is the sum of {l}",
+    "Give the sum of {l}.",
+    "Calculate the sum of {l}.",
+    "I need the total of {l}.",
+    "Sum {l}.",
+    "Add together {l}.",
+    "What is {l} in total?",
+    "Take {l} together, what is the total?",
 )
 # A pure addition told as a story: an opening with the first number and the thing counted, a step
 # for each further number, a question.
@@ -324,8 +352,8 @@ def phrase(
         return _tell_story(rng, numbers)
     frames = [*expressions, *lists] if problem.is_addition else expressions
     frame = rng.choice(frames)
-    if frame.startswith("Add ") and len(numbers) == 2 and rng.random() < 0.3:
-        return f"Add {numbers[0]} to {numbers[1]}."
+    if frame in ("Add {l}.", "Please add {l}.") and len(numbers) == 2 and rng.random() < 0.3:
+        return frame.format(l=f"{numbers[0]} to {numbers[1]}")
     between = ", " if plain or rng.random() < 0.8 else rng.choice((" ", " and ", "; ", "\n", ","))
     last = " and " if between == ", " and rng.random() < 0.8 else between
     listed = between.join(numbers[:-1]) + last + numbers[-1]
@@ -338,7 +366,7 @@ def _tell_story(rng: Random, numbers: Sequence[str]) -> str:
     comma = rng.choice((" and ", ", ", ", then ", ". Then "))
     steps = [rng.choice(_STORY_OPENINGS).format(n=numbers[0], t=thing)]
     steps += [rng.choice(_STORY_STEPS).format(n=n, t=thing) for n in numbers[1:]]
-    end = rng.choice((". ", ", so: ", ". "))
+    end = rng.choice((". ", "; ", ". "))
     return comma.join(steps) + end + rng.choice(_STORY_QUESTIONS).format(t=thing)
 
 

@@ -707,7 +707,7 @@ def main() -> None:
     """Train and write a checkpoint, or only evaluate one."""
     parser = argparse.ArgumentParser(description="Train the model that ships with the package.")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--steps", type=int, default=14000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-only", action="store_true", help="print the tables of --output")
     parser.add_argument("--problems", type=int, default=1050, help="held-out sums to evaluate on")
