@@ -25,10 +25,12 @@ def summary(counts: Counts) -> Summary:
         failed_shards={},
         generated_rows=4,
         generated_tokens=10,
+        sampled_tokens=10,
         prefix_tokens=0,
         discarded_tokens=0,
         restarts=0,
         elapsed_s=1.0,
+        startup_s=0.5,
     )
 
 
