@@ -17,26 +17,11 @@ from urllib.parse import urlsplit
 
 from batchrun.formats import slips
 from batchrun.logs import names_a_secret, redact
+from batchrun.records import RESERVED_COLUMNS
 from batchrun.tools import tool_problems
 from batchrun.wording import nearest, quoted
 
 Values = Mapping[str, Any]
-
-RESERVED_COLUMNS = (
-    "id",
-    "sample",
-    "completion",
-    "reasoning",
-    "finish_reason",
-    "prompt_tokens",
-    "reasoning_tokens",
-    "completion_tokens",
-    "thinking_budget_hit",
-    "error",
-    "tool_calls",
-    "logprobs",
-    "correct",
-)
 
 OUTPUT_SCHEMES = ("s3", "s3a", "gs", "gcs", "file")
 

@@ -9,6 +9,23 @@ from typing import Any
 
 from batchrun.scores import Scores, Verdict
 
+RESERVED_COLUMNS = (
+    "id",
+    "sample",
+    "completion",
+    "reasoning",
+    "finish_reason",
+    "prompt_tokens",
+    "reasoning_tokens",
+    "completion_tokens",
+    "thinking_budget_hit",
+    "error",
+    "tool_calls",
+    "logprobs",
+    "correct",
+)
+"""The columns that batchrun writes itself: no carried column may have one of these names."""
+
 
 class FinishReason(StrEnum):
     """Why a sample ended; the values of the output column ``finish_reason``."""

@@ -26,22 +26,6 @@ _FLUSH_ROWS = 8192
 _FLUSH_BYTES = 16 << 20
 _TRACE_BYTES_PER_TOKEN = 40  # an id in a tuple, and perhaps its log-probability
 
-RESERVED_COLUMNS = (
-    "id",
-    "sample",
-    "completion",
-    "reasoning",
-    "finish_reason",
-    "prompt_tokens",
-    "reasoning_tokens",
-    "completion_tokens",
-    "thinking_budget_hit",
-    "error",
-    "tool_calls",
-    "logprobs",
-    "correct",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class PartFormat:

@@ -16,9 +16,9 @@ from batchrun.data import writer as writer_module
 from batchrun.data.inputs import InputColumns
 from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
-from batchrun.data.writer import RESERVED_COLUMNS, PartFormat, PartWriter
+from batchrun.data.writer import PartFormat, PartWriter
 from batchrun.errors import BatchrunError
-from batchrun.records import Completion, Counts, FinishReason, Row, ToolCall
+from batchrun.records import RESERVED_COLUMNS, Completion, Counts, FinishReason, Row, ToolCall
 from batchrun.scores import Scores, Verdict
 from tests.unit.data.parquet import planned, prompts, write
 
