@@ -315,6 +315,16 @@ def find_run(store: Store) -> str | None:
     return None
 
 
+def require_run(store: Store) -> str:
+    """The id of the run in this output. Raises OutputError when there is none."""
+    run = find_run(store)
+    if run is None:
+        raise OutputError(
+            f"output: {store.url} holds no run of batchrun", "check the path, or submit a job"
+        )
+    return run
+
+
 def open_run(
     store: Store,
     semantic: Mapping[str, object],

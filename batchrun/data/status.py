@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS
 from batchrun.data.lock import Holder, is_live, read_lock
 from batchrun.data.plan import count_rows, read_plan
-from batchrun.data.run import Progress, RunDirectory, find_run
+from batchrun.data.run import Progress, RunDirectory, require_run
 from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
 from batchrun.errors import OutputError, OutputHeldError
@@ -43,11 +43,7 @@ def read_status(store: Store) -> RunStatus:
 
     Raises :class:`~batchrun.errors.OutputError` when there is no run.
     """
-    run = find_run(store)
-    if run is None:
-        raise OutputError(
-            f"output: {store.url} holds no run of batchrun", "check the path, or submit a job"
-        )
+    run = require_run(store)
     directory = RunDirectory(store, run)
     shards = tuple(read_plan(store, run, InputColumns()).shards.values())
     parts = directory.recorded(shards)

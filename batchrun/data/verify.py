@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from batchrun.data.layout import FOLDER, SUCCESS, part_name, run_folder
 from batchrun.data.parts import RUN_KEY, part_from_json
 from batchrun.data.plan import count_rows, read_plan
-from batchrun.data.run import RunDirectory, find_run, success_counts
+from batchrun.data.run import RunDirectory, require_run, success_counts
 from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
 from batchrun.errors import BatchrunError, OutputError
@@ -45,11 +45,7 @@ def verify_run(store: Store) -> Verdict:
 
     :raises OutputError: there is no run, or its bookkeeping cannot be read.
     """
-    run = find_run(store)
-    if run is None:
-        raise OutputError(
-            f"output: {store.url} holds no run of batchrun", "check the path, or submit a job"
-        )
+    run = require_run(store)
     shards = tuple(read_plan(store, run, InputColumns()).shards.values())
     directory = RunDirectory(store, run)
     parts = directory.recorded(shards)
