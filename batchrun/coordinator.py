@@ -16,172 +16,68 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from batchrun.records import Counts, Lease, Part, Shard
+from batchrun.events import (
+    CancelLease,
+    Command,
+    DrainRun,
+    Event,
+    FailShard,
+    FinishRun,
+    LeaseDone,
+    LeaseFailed,
+    LeaseReturned,
+    LeasesWanted,
+    Limits,
+    LossCause,
+    Outcome,
+    OutcomeKind,
+    RunStarted,
+    StartLease,
+    StartWorker,
+    StopRequested,
+    StopWorker,
+    Tick,
+    TokensSpent,
+    WorkerDraining,
+    WorkerLost,
+    WorkerReady,
+)
+from batchrun.records import Counts, Lease, Part, Shard, Strike
+from batchrun.rows import Rows
+
+__all__ = [
+    "CancelLease",
+    "Command",
+    "DrainRun",
+    "Event",
+    "FailShard",
+    "FinishRun",
+    "LeaseDone",
+    "LeaseFailed",
+    "LeaseReturned",
+    "LeasesWanted",
+    "Limits",
+    "LossCause",
+    "Outcome",
+    "OutcomeKind",
+    "RunStarted",
+    "RunState",
+    "StartLease",
+    "StartWorker",
+    "StopRequested",
+    "StopWorker",
+    "Tick",
+    "TokensSpent",
+    "WorkerDraining",
+    "WorkerLost",
+    "WorkerReady",
+]
 
 # After so many loads failed in a row with no worker at work, more tries are no help.
 MAX_LOAD_FAILURES = 3
 # Beside workers at work, a failing load is tried again after this long.
 _LOAD_RETRY_S = 60.0
-
-
-class LossCause(StrEnum):
-    """Why a worker is gone; the label ``cause`` of ``batchrun_worker_restarts_total``."""
-
-    CRASH = "crash"
-    HANG = "hang"
-    NODE = "node"
-    LOAD = "load"
-
-
-class OutcomeKind(StrEnum):
-    """How a run ended."""
-
-    SUCCESS = "success"
-    TOO_MANY_FAILURES = "too_many_failures"
-    INTERRUPTED = "interrupted"
-    NO_WORKERS = "no_workers"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The end of a run. ``failed_rows`` counts all rows of ``failed_shards`` too."""
-
-    kind: OutcomeKind
-    message: str
-    counts: Counts
-    failed_rows: int
-    failed_shards: Mapping[int, str]
-
-
-# -- events: past facts ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class RunStarted:
-    """The driver is ready to carry out commands."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerReady:
-    """A worker has loaded its model."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerDraining:
-    """A worker will end soon (its node is taken away): it gets no more leases."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
-    """A worker is gone. ``node_lived`` is whether its machine outlived it: then the rows that it
-    had are under suspicion."""
-
-    worker: str
-    cause: LossCause
-    message: str = ""
-    node_lived: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class LeasesWanted:
-    """A worker has room for rows of so many leases more than it holds."""
-
-    worker: str
-    count: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseDone:
-    """The shard's part is published."""
-
-    worker: str
-    attempt: str
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseFailed:
-    """The shard's input cannot be read; no other try would help."""
-
-    worker: str
-    attempt: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed; ``now`` in seconds on any clock that never goes back."""
-
-    now: float
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    """Somebody asked the run to stop."""
-
-    message: str = "interrupted"
-
-
-Event = (
-    RunStarted
-    | WorkerReady
-    | WorkerDraining
-    | WorkerLost
-    | LeasesWanted
-    | LeaseDone
-    | LeaseFailed
-    | Tick
-    | StopRequested
-)
-
-
-# -- commands: imperatives ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StartWorker:
-    """Start a worker under this name, which was never used before."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopWorker:
-    """End the worker; what it holds is not waited for."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class StartLease:
-    """Give the worker a shard."""
-
-    worker: str
-    lease: Lease
-
-
-@dataclass(frozen=True, slots=True)
-class FailShard:
-    """Record that the shard cannot be run."""
-
-    shard: Shard
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class FinishRun:
-    """The run is over; always the last command."""
-
-    outcome: Outcome
-
-
-Command = StartWorker | StopWorker | StartLease | FailShard | FinishRun
 
 
 # -- state -------------------------------------------------------------------------------------
@@ -210,9 +106,15 @@ class RunState:
         done: Mapping[int, Part],
         *,
         epoch: int,
-        num_workers: int,
+        max_workers: int,
+        min_workers: int | None = None,
         max_failed_rows: float = 0,
         max_retries: int = 2,
+        strikes: Iterable[Strike] = (),
+        canary_rows: int = 0,
+        num_samples: int = 1,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        speculate_after_s: float = 30.0,
     ) -> None:
         self.shards = {shard.number: shard for shard in shards}
         self.done: dict[int, Part] = {
@@ -225,7 +127,7 @@ class RunState:
         self.workers: dict[str, _Worker] = {}
         self.finished = False
         self._epoch = epoch
-        self._num_workers = num_workers
+        self._num_workers = max_workers
         self._max_failed_rows = max_failed_rows
         self._max_retries = max_retries
         self._now = 0.0
@@ -235,6 +137,11 @@ class RunState:
         self._suspects: dict[int, int] = {}  # shard -> workers that died with it alone
         self._load_failures = 0
         self._no_start_before = 0.0
+
+    def strike(self, event: WorkerLost) -> Strike | None:
+        """What is to be written down before ``event`` is handed in: None when the death is
+        nobody's fault, or of a worker that is gone already."""
+        raise NotImplementedError
 
     @property
     def num_ready(self) -> int:
@@ -261,7 +168,7 @@ class RunState:
             case LeasesWanted(name, count):
                 if name in self.workers:
                     self.workers[name].wanted = max(0, count)
-            case LeaseDone(_, attempt, part):
+            case LeaseDone(_, attempt, part) if part is not None:
                 self._on_done(attempt, part)
             case LeaseFailed(_, attempt, message):
                 commands += self._on_failed(attempt, message)
@@ -382,7 +289,12 @@ class RunState:
         self._attempts[attempt] = number
         worker.leases[attempt] = number
         worker.wanted = max(0, worker.wanted - 1)
-        return StartLease(name, Lease(self.shards[number], self._epoch, attempt))
+        return StartLease(
+            name,
+            Lease(
+                self.shards[number], self._epoch, attempt, Rows.all(self.shards[number].num_rows)
+            ),
+        )
 
     def _isolated(self, worker: _Worker) -> bool:
         """Whether the worker runs a shard that must be alone, because a worker died with it."""

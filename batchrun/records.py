@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from batchrun.rows import Rows
 from batchrun.scores import Scores, Verdict
 
 RESERVED_COLUMNS = (
@@ -106,11 +107,44 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A shard given to a worker. ``epoch`` counts the drivers of the run; ``attempt`` is unique."""
+    """Rows of a shard, given to a worker.
+
+    ``epoch`` counts the drivers of the run; ``attempt`` is unique, and attempts sort as they were
+    given. A ``whole`` lease is answerable for the shard: its ``rows`` are all of them, it takes
+    what the journal has, and it publishes the part. The finished rows of any other go to the
+    journal alone. A lease that is ``alone`` has rows that a worker may have died of, and its
+    worker holds no other. ``lost`` are rows given up, ordinal -> why: they become error rows of
+    kind ``worker_lost``, whatever the journal says; only a whole lease has some.
+    """
 
     shard: Shard
     epoch: int
     attempt: str
+    rows: Rows
+    whole: bool = True
+    alone: bool = False
+    lost: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """The death of a worker that its rows may be to blame for; written down once for each death.
+
+    ``rows`` are those that had a slot, by shard number. ``alone`` is whether the worker ran an
+    ``alone`` lease, so that, when it is a single row, the death counts for that row. A ``blind``
+    strike does not know which rows had a slot, or knows that none had one (``idle``): then
+    ``rows`` are all that the worker held. ``device`` and ``cause`` are as in the coordinator's
+    events.
+    """
+
+    worker: str
+    rows: Mapping[int, Rows]
+    alone: bool = False
+    blind: bool = False
+    idle: bool = False
+    cause: str = ""
+    message: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +210,7 @@ class Counts:
     """Sums over rows and samples. ``rows`` counts input rows, ``failed_rows`` those among them
     of which a sample has an error; tokens are sums over samples. ``scores`` is there when the job
     asks for them and a row has been scored. ``malformed_tool_calls`` counts samples that began a
-    tool call that is none."""
+    tool call that is none, ``empty`` samples without an error whose completion is empty."""
 
     rows: int = 0
     failed_rows: int = 0
@@ -186,6 +220,7 @@ class Counts:
     thinking_budget_hits: int = 0
     scores: Scores | None = None
     malformed_tool_calls: int = 0
+    empty: int = 0
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Counts:
@@ -206,6 +241,7 @@ class Counts:
             self.thinking_budget_hits + other.thinking_budget_hits,
             _both(self.scores, other.scores),
             self.malformed_tool_calls + other.malformed_tool_calls,
+            self.empty + other.empty,
         )
 
 

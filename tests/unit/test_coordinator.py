@@ -54,7 +54,7 @@ class Run:
             self.shards,
             {number: part(self.shards[number]) for number in range(int(done))},
             epoch=3,
-            num_workers=num_workers,
+            max_workers=num_workers,
             **options,  # type: ignore[arg-type]
         )
         self.leases: dict[str, list[Lease]] = {}
