@@ -33,16 +33,28 @@ def part_name(run: str, shard: Shard) -> str:
     It is made of the run and of the very input bytes, so that a worker of another run, or of
     another version of the input, can never take it.
     """
-    return f"part-{shard.number:06d}-{_digest(run, shard)[:8]}.parquet"
+    return f"part-{shard.number:06d}-{shard_digest(run, shard)[:8]}.parquet"
 
 
 def traces_path(run: str, shard: Shard) -> str:
     """The sampled tokens of a shard's part. Named by the rows themselves: another run of the same
     input may number its shards otherwise."""
-    return f"{run_folder(run)}/traces/{_digest(run, shard)}.parquet"
+    return f"{run_folder(run)}/traces/{shard_digest(run, shard)}.parquet"
 
 
-def _digest(run: str, shard: Shard) -> str:
+def journal_folder(run: str, shard: int | None = None) -> str:
+    """Where the journal of a shard is, or those of all."""
+    folder = f"{run_folder(run)}/journal"
+    return folder if shard is None else f"{folder}/{shard:06d}"
+
+
+def strikes_folder(run: str) -> str:
+    """Where it is recorded which rows were in work when a worker died."""
+    return f"{run_folder(run)}/strikes"
+
+
+def shard_digest(run: str, shard: Shard) -> str:
+    """What tells the rows of a shard, down to their bytes, from all others."""
     pinned = [
         run,
         shard.path,
@@ -60,8 +72,8 @@ def run_folder(run: str) -> str:
 
     In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
     ``parts/`` and ``failed/``, one a shard; ``traces/``, one a shard, where the run keeps them;
-    ``progress.json``; ``manifest-<n>.json``. The names
-    ``journal/<shard>/<attempt>/`` and ``strikes/<shard>/`` are kept for the journal of rows.
+    ``journal/<shard>/<attempt>-<seq>.zst``, of shards in work; ``strikes/<worker>.json``, one a
+    worker that died; ``progress.json``; ``manifest-<n>.json``.
     """
     return f"{FOLDER}/{run}"
 

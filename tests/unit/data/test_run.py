@@ -29,6 +29,7 @@ from batchrun.errors import (
     ShardError,
 )
 from batchrun.records import Counts, Lease, Part, Shard
+from batchrun.rows import Rows
 from batchrun.scores import Scores, Verdict
 from tests.unit.data.parquet import prompts, write
 from tests.unit.data.test_writer import completion
@@ -78,7 +79,9 @@ class Site:
                     verdict = Verdict(sample == 0 and row.ordinal % 2 == 0, f"answer {sample}")
                     done = completion(row, sample, completion=text)
                     writer.add(replace(done, verdict=verdict if self.scored else None))
-            return opened.directory.publish(writer.finish(), Lease(shard, 1, attempt))
+            return opened.directory.publish(
+                writer.finish(), Lease(shard, 1, attempt, Rows.all(shard.num_rows))
+            )
 
     def parts(self) -> list[str]:
         """The names of the published parts."""
