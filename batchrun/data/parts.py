@@ -86,23 +86,27 @@ def _count(parquet: pq.ParquetFile, num_rows: int, n: int) -> Counts:
     failed = sum(any(errors[start : start + n]) for start in range(0, len(errors), n))
     prompt, reasoning, completion, hits = sums
     scores = _count_scores(parquet, n)
-    malformed = _count_malformed(parquet)
-    return Counts(num_rows, failed, prompt, reasoning, completion, hits, scores, malformed)
+    malformed, empty = _count_texts(parquet)
+    return Counts(num_rows, failed, prompt, reasoning, completion, hits, scores, malformed, empty)
 
 
-def _count_malformed(parquet: pq.ParquetFile) -> int:
-    """Samples whose completion kept a tool call that is none."""
-    if CALLS_COLUMN not in parquet.schema_arrow.names:
-        return 0
-    count = 0
-    for batch in parquet.iter_batches(columns=["completion", CALLS_COLUMN], use_threads=False):
+def is_empty(completion: str | None, has_calls: bool) -> bool:
+    """Whether a sample came back with nothing: neither an error, nor a text, nor a tool call."""
+    return completion == "" and not has_calls
+
+
+def _count_texts(parquet: pq.ParquetFile) -> tuple[int, int]:
+    """Samples whose completion kept a tool call that is none, and samples with nothing at all."""
+    has_tools = CALLS_COLUMN in parquet.schema_arrow.names
+    columns = ["completion", CALLS_COLUMN] if has_tools else ["completion"]
+    malformed = empty = 0
+    for batch in parquet.iter_batches(columns=columns, use_threads=False):
         texts = batch.column(0).to_pylist()
-        has_calls = batch.column(1).is_valid().to_pylist()
-        count += sum(
-            is_malformed(text, () if calls else None)
-            for text, calls in zip(texts, has_calls, strict=True)
-        )
-    return count
+        has_calls = batch.column(1).is_valid().to_pylist() if has_tools else [False] * len(texts)
+        for text, calls in zip(texts, has_calls, strict=True):
+            malformed += has_tools and is_malformed(text, () if calls else None)
+            empty += is_empty(text, calls)
+    return malformed, empty
 
 
 def _count_scores(parquet: pq.ParquetFile, n: int) -> Scores | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.data.parts import CALLS_COLUMN, MAJORITY_KEY, RUN_KEY
+from batchrun.data.parts import CALLS_COLUMN, MAJORITY_KEY, RUN_KEY, is_empty
 from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
 from batchrun.data.traces import TraceWriter
@@ -70,6 +70,23 @@ class PartFormat:
             fields.append(pa.field("correct", pa.bool_()))
         return pa.schema(fields, metadata={**self.metadata, RUN_KEY: self.run})
 
+    def count(self, row: Sequence[Completion]) -> Counts:
+        """The counts of one row from all its samples, in their order."""
+        malformed = 0
+        if self.tool_calls:
+            malformed = sum(is_malformed(item.completion, item.tool_calls) for item in row)
+        return Counts(
+            rows=1,
+            failed_rows=int(any(item.error is not None for item in row)),
+            prompt_tokens=sum(item.prompt_tokens for item in row),
+            reasoning_tokens=sum(item.reasoning_tokens for item in row),
+            completion_tokens=sum(item.completion_tokens for item in row),
+            thinking_budget_hits=sum(item.thinking_budget_hit for item in row),
+            scores=row_scores(row) if self.correct else None,
+            malformed_tool_calls=malformed,
+            empty=sum(is_empty(item.completion, bool(item.tool_calls)) for item in row),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PartFile:
@@ -86,17 +103,27 @@ class PartFile:
 class PartWriter:
     """Takes completions in any order and writes them in input order to a local file.
 
+    Those that a journal holds are only named, and looked up there when their turn has come: however
+    many they are, and however long a row before them takes, they need no memory.
+
     Only :meth:`finish` gives the file away, and only when every sample of every row is in it: an
     exception on the way can never leave a valid file of half the rows where somebody reads it.
     """
 
     def __init__(
-        self, reader: ShardReader, part_format: PartFormat, folder: Path | None = None
+        self,
+        reader: ShardReader,
+        part_format: PartFormat,
+        folder: Path | None = None,
+        journaled: Mapping[tuple[int, int], Completion] | None = None,
     ) -> None:
+        """``journaled`` are the finished samples of the shard's journal, by (ordinal, sample)."""
         self._reader = reader
+        self._journaled = {} if journaled is None else journaled
         self._format = part_format
         self._schema = part_format.schema(reader.take_carried(0).schema)
-        self._waiting: dict[int, dict[int, Completion]] = {}
+        # None: it is in the journal.
+        self._waiting: dict[int, dict[int, Completion | None]] = {}
         self._ready: list[Completion] = []
         self._ready_bytes = 0
         self._num_ordered = 0  # rows in order so far, ready or written
@@ -126,16 +153,25 @@ class PartWriter:
 
     def add(self, completion: Completion) -> None:
         """Take one sample of one row; each exactly once."""
-        name = f"row {completion.ordinal}, sample {completion.sample} of {self._reader.shard.name}"
-        in_shard = 0 <= completion.ordinal < self._reader.shard.num_rows
-        if not in_shard or not 0 <= completion.sample < self._format.n:
+        self._take(completion.ordinal, completion.sample, completion)
+
+    def add_journaled(self, ordinal: int, sample: int) -> None:
+        """Take a sample from the journal; each exactly once, and only of rows that are read."""
+        if (ordinal, sample) not in self._journaled:
+            raise BatchrunError(f"row {ordinal}, sample {sample} is not in the journal")
+        self._take(ordinal, sample, None)
+
+    def _take(self, ordinal: int, sample: int, completion: Completion | None) -> None:
+        name = f"row {ordinal}, sample {sample} of {self._reader.shard.name}"
+        in_shard = 0 <= ordinal < self._reader.shard.num_rows
+        if not in_shard or not 0 <= sample < self._format.n:
             raise BatchrunError(f"{name} is not of this part")
-        samples = self._waiting.setdefault(completion.ordinal, {})
-        if completion.ordinal < self._num_ordered or completion.sample in samples:
+        samples = self._waiting.setdefault(ordinal, {})
+        if ordinal < self._num_ordered or sample in samples:
             raise BatchrunError(f"{name} was added twice")
-        samples[completion.sample] = completion
+        samples[sample] = completion
         while len(self._waiting.get(self._num_ordered, ())) == self._format.n:
-            self._order(self._waiting.pop(self._num_ordered))
+            self._order(self._num_ordered, self._waiting.pop(self._num_ordered))
             if len(self._ready) >= _FLUSH_ROWS or self._ready_bytes >= _FLUSH_BYTES:
                 self._flush()
 
@@ -184,23 +220,12 @@ class PartWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _order(self, samples: dict[int, Completion]) -> None:
-        row = [samples[number] for number in range(self._format.n)]
+    def _order(self, ordinal: int, samples: Mapping[int, Completion | None]) -> None:
+        row = [
+            samples[number] or self._journaled[ordinal, number] for number in range(self._format.n)
+        ]
         self._num_ordered += 1
-        self._counts += Counts(
-            rows=1,
-            failed_rows=int(any(sample.error is not None for sample in row)),
-            prompt_tokens=sum(sample.prompt_tokens for sample in row),
-            reasoning_tokens=sum(sample.reasoning_tokens for sample in row),
-            completion_tokens=sum(sample.completion_tokens for sample in row),
-            thinking_budget_hits=sum(sample.thinking_budget_hit for sample in row),
-            scores=row_scores(row) if self._format.correct else None,
-            malformed_tool_calls=sum(
-                is_malformed(sample.completion, sample.tool_calls) for sample in row
-            )
-            if self._format.tool_calls
-            else 0,
-        )
+        self._counts += self._format.count(row)
         self._ready.extend(row)
         self._ready_bytes += sum(
             len(sample.completion or "")

@@ -124,6 +124,73 @@ def test_rows_are_written_as_soon_as_they_are_in_order(
         assert (writer._num_written, writer.num_missing, len(writer._waiting)) == (50, 50, 0)
 
 
+class Looked(dict[tuple[int, int], Completion]):
+    """A journal that counts what was looked up."""
+
+    num_lookups = 0
+
+    def __getitem__(self, key: tuple[int, int]) -> Completion:
+        self.num_lookups += 1
+        return super().__getitem__(key)
+
+
+def test_journaled_samples_stand_among_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of journaled and new samples is the part of the same samples all new."""
+    monkeypatch.setattr(writer_module, "_FLUSH_ROWS", 10)
+    parts = []
+    for journal_every in (1, 3, 1000):
+        with open_shard(tmp_path, 50) as reader:
+            rows = list(reader)
+            samples = [completion(row, sample) for row in rows for sample in range(2)]
+            kept = samples[::journal_every] if journal_every < 1000 else []
+            journal = Looked({(item.ordinal, item.sample): item for item in kept})
+            part_format = PartFormat("r", n=2)
+            with PartWriter(reader, part_format, journaled=journal) as writer:
+                random.Random(1).shuffle(samples)
+                for item in samples:
+                    if (item.ordinal, item.sample) in journal:
+                        writer.add_journaled(item.ordinal, item.sample)
+                    else:
+                        writer.add(item)
+                part = writer.finish()
+                parts.append((part.sha256, part.counts))
+    assert parts[0] == parts[1] == parts[2]
+
+
+def test_a_journaled_sample_is_looked_up_when_its_turn_comes(tmp_path: Path) -> None:
+    """A slow first row does not bring all that is journaled behind it into memory."""
+    with open_shard(tmp_path, 50) as reader:
+        rows = list(reader)
+        journal = Looked({(row.ordinal, 0): completion(row) for row in rows[1:]})
+        with PartWriter(reader, PartFormat("r"), journaled=journal) as writer:
+            for row in rows[1:]:
+                writer.add_journaled(row.ordinal, 0)
+            assert (journal.num_lookups, writer.num_missing) == (0, 1)
+            writer.add(completion(rows[0]))
+            assert (journal.num_lookups, writer.num_missing) == (49, 0)
+            with pytest.raises(BatchrunError, match="added twice"):
+                writer.add_journaled(1, 0)
+            with pytest.raises(BatchrunError, match="not in the journal"):
+                writer.add_journaled(0, 0)
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_samples_that_came_back_with_nothing_are_counted(tmp_path: Path, tools: bool) -> None:
+    """Neither an error nor a tool call is nothing; an empty text is."""
+    with open_shard(tmp_path, 4) as reader:
+        rows = list(reader)
+        with PartWriter(reader, PartFormat("r", tool_calls=tools)) as writer:
+            writer.add(completion(rows[0], completion=""))
+            writer.add(completion(rows[1]))
+            calls = (ToolCall("f", "{}"),) if tools else None
+            writer.add(replace(completion(rows[2], completion=""), tool_calls=calls))
+            failed = replace(completion(rows[3]), completion=None, error="engine: broken")
+            writer.add(replace(failed, finish_reason=FinishReason.ERROR))
+            assert writer.finish().counts.empty == (1 if tools else 2)
+
+
 def test_long_texts_are_flushed_by_their_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
