@@ -67,6 +67,7 @@ def status_json(url: str, status: RunStatus) -> dict[str, object]:
             "done": counts.pop("rows"),
             "failed": counts.pop("failed_rows"),
             "left": status.rows_left,
+            "journaled": status.journaled_rows,
         },
         "shards": {
             "total": status.num_shards,
@@ -106,6 +107,8 @@ def status_text(url: str, status: RunStatus) -> str:
         f"  tokens  {counts.prompt_tokens:,} of prompt, {counts.reasoning_tokens:,} of reasoning, "
         f"{counts.completion_tokens:,} of completion",
     ]
+    if status.journaled_rows:
+        lines.append(f"  journal {status.journaled_rows:,} of the rows wait for the next submit")
     if counts.scores is not None:
         lines += [f"  {line}" for line in score_lines(counts.scores)]
     if counts.malformed_tool_calls:

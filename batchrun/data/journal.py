@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -238,6 +239,7 @@ class _Finished(Mapping[tuple[int, int], Completion]):
         self._len = 0
         self._end = 0
         self._file = tempfile.TemporaryFile(prefix="batchrun-journal-")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
     def add(self, ordinal: int, sample: int, line: bytes) -> None:
         """Keep the line of a sample, unless one is there."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from batchrun.data.footers import InputFile
+from batchrun.data.journal import delete_journal
 from batchrun.data.layout import (
     FOLDER,
     MANIFEST_NAME,
@@ -182,8 +183,8 @@ class RunDirectory:
     ) -> Counts:
         """Write the manifest, and ``_SUCCESS`` if all went well; the sums over all parts.
 
-        Truth is the listing. Raises when a shard that did not fail has no part. May be called
-        again: equal content is not written twice.
+        Truth is the listing. The journal goes with a success. Raises when a shard that did not
+        fail has no part. May be called again: equal content is not written twice.
         """
         parts = self.committed(shards, known)
         missing = [item.name for item in shards if item.number not in {*parts, *failed}]
@@ -202,6 +203,9 @@ class RunDirectory:
             "failed": {str(number): failed[number] for number in sorted(failed)},
         }
         name = self._write_manifest(manifest)
+        if success:
+            # Every row is in a part.
+            delete_journal(self.store, self.run)
         if success and self.store.info(SUCCESS) is None:
             summary: dict[str, object] = {
                 "run_id": self.run,
@@ -357,6 +361,7 @@ def open_run(
         if change.added:
             store.delete([SUCCESS])
         if append_plan(store, directory.run, plan, change, token):
+            delete_journal(store, directory.run, change.dropped)
             break
         plan = read_plan(store, directory.run, rule.columns)
     directory.clear_failed()
@@ -373,6 +378,13 @@ def _refuse_strangers(store: Store, run: str, shards: Sequence[Shard]) -> None:
                 f"output: {store.url} holds {item.path}, which is no part of this run",
                 "move it away",
             )
+
+
+def samples_per_row(store: Store, run: str) -> int:
+    """How many samples a row of the run has, as its job says."""
+    generation = _read_semantic(store, run).get("generation")
+    found = generation.get("n") if isinstance(generation, dict) else None
+    return found if isinstance(found, int) else 1
 
 
 def _read_semantic(store: Store, run: str) -> Mapping[str, object]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS
+from batchrun.data.journal import read_journal
+from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS, journal_folder
 from batchrun.data.lock import Holder, is_live, read_lock
 from batchrun.data.plan import count_rows, read_plan
-from batchrun.data.run import Progress, RunDirectory, require_run
+from batchrun.data.run import Progress, RunDirectory, require_run, samples_per_row
 from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
+from batchrun.data.writer import PartFormat
 from batchrun.errors import OutputError, OutputHeldError
-from batchrun.records import Counts
+from batchrun.records import Counts, Shard
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
     """The state of a run, for ``batchrun status``.
 
-    ``counts`` are sums over published parts, or the driver's own when it lives and knows more.
+    ``counts`` are sums over published parts, or the driver's own when it lives and knows more;
+    of a run that nobody drives they include ``journaled_rows``, which the next submit publishes.
     """
 
     run_id: str
@@ -31,6 +35,7 @@ class RunStatus:
     counts: Counts
     holder: Holder | None
     progress: Progress | None
+    journaled_rows: int = 0
 
     @property
     def rows_left(self) -> int:
@@ -50,7 +55,13 @@ def read_status(store: Store) -> RunStatus:
     progress = directory.read_progress()
     lock = read_lock(store)
     live = is_live(store)
+    failed = {number: why for number, why in directory.failed().items() if number not in parts}
     counts = sum((part.counts for part in parts.values()), Counts())
+    journaled = Counts()
+    if not live:
+        left = [item for item in shards if item.number not in parts and item.number not in failed]
+        journaled = _count_journals(store, run, left)
+        counts += journaled
     if live and progress is not None and progress.counts.rows > counts.rows:
         counts = progress.counts
     return RunStatus(
@@ -59,14 +70,31 @@ def read_status(store: Store) -> RunStatus:
         succeeded=store.info(SUCCESS) is not None,
         num_shards=len(shards),
         shards_done=len(parts),
-        failed_shards={
-            number: why for number, why in directory.failed().items() if number not in parts
-        },
+        failed_shards=failed,
         total_rows=count_rows(shards),
         counts=counts,
         holder=lock.holder if live and lock is not None else None,
         progress=progress,
+        journaled_rows=journaled.rows,
     )
+
+
+def _count_journals(store: Store, run: str, shards: Sequence[Shard]) -> Counts:
+    """The rows of these shards that wait in the journal with all their samples."""
+    present = set(store.folders(journal_folder(run)))
+    n = samples_per_row(store, run)
+    counts = Counts()
+    for shard in shards:
+        if f"{shard.number:06d}" not in present:
+            continue
+        finished = read_journal(store, run, shard, n).finished
+        for ordinal in dict.fromkeys(key[0] for key in finished):
+            samples = [finished.get((ordinal, sample)) for sample in range(n)]
+            row = [sample for sample in samples if sample is not None]
+            if len(row) == n:
+                is_scored = row[0].verdict is not None
+                counts += PartFormat(run, n=n, correct=is_scored).count(row)
+    return counts
 
 
 def discard(store: Store) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.data.layout import FOLDER, SUCCESS, part_name, run_folder
+from batchrun.data.layout import FOLDER, SUCCESS, journal_folder, part_name, run_folder
 from batchrun.data.parts import RUN_KEY, part_from_json
 from batchrun.data.plan import count_rows, read_plan
 from batchrun.data.run import RunDirectory, require_run, success_counts
@@ -50,14 +50,15 @@ def verify_run(store: Store) -> Verdict:
     directory = RunDirectory(store, run)
     parts = directory.recorded(shards)
     rule = _Rule.read(store, run)
-    problems = list(_missing(shards, parts, directory.failed()))
+    journals = set(store.folders(journal_folder(run)))
+    problems = list(_missing(shards, parts, directory.failed(), journals))
     with ThreadPoolExecutor(_THREADS) as pool:
         committed = [shard for shard in shards if shard.number in parts]
         for found in pool.map(
             lambda shard: list(_check_part(store, run, shard, parts[shard.number], rule)), committed
         ):
             problems += found
-    problems += _orphans(store, run, shards)
+    problems += _orphans(store, run, shards, journals)
     counts = sum((part.counts for part in parts.values()), Counts())
     problems += _check_success(store, parts, counts, complete=len(parts) == len(shards))
     return Verdict(run, len(shards), count_rows(shards), len(parts), counts, tuple(problems))
@@ -81,12 +82,17 @@ class _Rule:
 
 
 def _missing(
-    shards: Sequence[Shard], parts: Mapping[int, Part], failed: Mapping[int, str]
+    shards: Sequence[Shard],
+    parts: Mapping[int, Part],
+    failed: Mapping[int, str],
+    journals: Set[str],
 ) -> Iterator[str]:
     for shard in shards:
         if shard.number not in parts:
             why = failed.get(shard.number)
-            yield f"shard {shard.name}: no part" + (f"; it failed: {why}" if why else "")
+            text = f"shard {shard.name}: no part" + (f"; it failed: {why}" if why else "")
+            is_begun = f"{shard.number:06d}" in journals
+            yield text + ("; some of its rows wait in the journal" if is_begun else "")
 
 
 def _check_part(store: Store, run: str, shard: Shard, part: Part, rule: _Rule) -> Iterator[str]:
@@ -136,8 +142,11 @@ def _check_rows(
             position += 1
 
 
-def _orphans(store: Store, run: str, shards: Sequence[Shard]) -> Iterator[str]:
-    """Objects that a reader would take for output, or that belong to no planned shard."""
+def _orphans(store: Store, run: str, shards: Sequence[Shard], journals: Set[str]) -> Iterator[str]:
+    """Objects that a reader would take for output, or that belong to no planned shard.
+
+    The journal of a shard that has its part is none: it goes when it is convenient.
+    """
     names = {part_name(run, shard) for shard in shards}
     for item in store.list(recursive=False):
         if item.path.endswith(".parquet") and item.path not in names:
@@ -147,6 +156,9 @@ def _orphans(store: Store, run: str, shards: Sequence[Shard]) -> Iterator[str]:
         number = item.path.rpartition("/")[2].removesuffix(".json")
         if not number.isdigit() or int(number) not in numbers:
             yield f"{item.path}: is the record of no planned shard"
+    for name in sorted(journals):
+        if not name.isdecimal() or int(name) not in numbers:
+            yield f"{journal_folder(run)}/{name}: is the journal of no planned shard"
     for folder in store.folders(FOLDER):
         if folder != run:
             yield f"{FOLDER}/{folder}: is the bookkeeping of another run"

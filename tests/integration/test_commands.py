@@ -49,7 +49,7 @@ def test_submit_status_discard(work: Work, batchrun: Callable[..., Command], cal
     status = json.loads(out)
     assert (status["state"], status["rows"]) == (
         "finished",
-        {"total": 3, "done": 3, "failed": 0, "left": 0},
+        {"total": 3, "done": 3, "failed": 0, "left": 0, "journaled": 0},
     )
 
     # Nothing is left to do: no Ray is started for that.

@@ -12,6 +12,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from batchrun.data.inputs import InputColumns, list_input
+from batchrun.data.journal import JournalWriter
 from batchrun.data.layout import LOCK, PART_NAME, SUCCESS, part_name, run_id
 from batchrun.data.lock import Holder, LockState
 from batchrun.data.parts import part_from_json, part_to_json
@@ -344,6 +345,35 @@ def test_a_part_whose_worker_died_before_the_record_is_taken_over(any_site: Site
     site.store.delete([f"_batchrun/{opened.directory.run}/parts/000001.json"])
     assert {1: replace(part, attempt="")} == site.open().parts
     assert {1: replace(part, attempt="")} == site.open().parts
+
+
+def test_journaled_rows_of_a_stopped_run_are_done(any_site: Site) -> None:
+    """`status` counts from storage alone what waits for the next submit: whole rows, once."""
+    site = any_site
+    site.semantic = {"generation": {"n": 2}}
+    site.rule, site.scored = replace(site.rule, n=2), True
+    opened = site.open()
+    site.run(opened, [0])
+    with ShardReader(opened.shards[1], opened.schema) as reader:
+        rows = list(reader)
+    samples = [
+        replace(completion(row, sample), verdict=Verdict(sample == 0))
+        for row in rows[:3]
+        for sample in range(2)
+    ]
+    for number, shard in enumerate(opened.shards):
+        lease = Lease(shard, 1, "000001-000001", Rows.all(shard.num_rows))
+        JournalWriter(site.store, opened.directory.run, lease).flush(samples[: 5 + number])
+    status = read_status(site.store)
+    assert (status.live, status.journaled_rows, status.rows_left) == (False, 3, 1)
+    assert status.counts.rows == 6
+    assert status.counts.prompt_tokens == opened.directory.recorded(opened.shards)[
+        0
+    ].counts.prompt_tokens + sum(item.prompt_tokens for item in samples)
+    scores = status.counts.scores
+    assert scores is not None and scores.num_rows == 6
+    site.run(opened, [1])
+    assert read_status(site.store).journaled_rows == 0, "published rows count once"
 
 
 def test_scores_are_in_records_manifest_status_and_success(any_site: Site) -> None:

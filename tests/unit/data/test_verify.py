@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.data.layout import SUCCESS, commit_path, run_folder, run_id
+from batchrun.data.layout import SUCCESS, commit_path, journal_folder, run_folder, run_id
 from batchrun.data.parts import part_from_json, part_to_json
 from batchrun.data.plan import PlanRule
 from batchrun.data.store import Store
@@ -164,3 +164,17 @@ def test_no_run_is_an_error(tmp_path: Path) -> None:
     """There is nothing to prove about a folder without a run."""
     with pytest.raises(OutputError, match="holds no run of batchrun"):
         verify_run(Store.open(str(tmp_path)))
+
+
+def test_a_journal_is_no_part(site: Site) -> None:
+    """A shard without its part is missing, also when its rows wait in the journal; a journal of
+    no shard is named."""
+    run = run_id(site.semantic)
+    (site.folder / "out" / site.parts()[1]).unlink()
+    (site.folder / "out" / commit_path(run, 1)).unlink()
+    for number in (0, 1, 7):
+        site.store.put(f"{journal_folder(run, number)}/000001-000001-0000.zst", b"anything")
+    problems = verify_run(site.store).problems
+    assert "shard 000001 (b.parquet): no part; some of its rows wait in the journal" in problems
+    assert f"{journal_folder(run)}/000007: is the journal of no planned shard" in problems
+    assert not any("000000" in problem for problem in problems)
