@@ -28,6 +28,9 @@ class GcsStore(RemoteStore):
             raise
         return str((found.get("metadata") or {}).get("batchrun-token", ""))
 
+    def _copy(self, source: str, target: str) -> None:
+        self._fs.cp_file(source, target)
+
     def _delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             try:

@@ -99,16 +99,22 @@ class Journal:
     num_damaged: int = 0
 
 
-def read_journal(store: Store, run: str, shard: Shard, n: int = 1) -> Journal:
+def read_journal(
+    store: Store, run: str, shard: Shard, n: int = 1, kept: Iterable[Completion] = ()
+) -> Journal:
     """Everything that was journaled for a shard, whose rows have ``n`` samples.
+
+    ``kept`` are samples that are known from elsewhere: they are in the result and count first.
 
     The first finished record of a sample counts, else the longest chain of its tokens that one
     attempt left without a gap. Raises StorageError when storage fails, and for nothing else.
     """
     found = _in_order(store.list(journal_folder(run, shard.number)))
-    if not found:
+    if not found and kept == ():
         return Journal()
     merge = _Merge(shard, n)
+    for completion in kept:
+        merge.keep(completion)
     for start in range(0, len(found), _READERS):
         group = found[start : start + _READERS]
         with ThreadPoolExecutor(_READERS) as pool:
@@ -170,6 +176,10 @@ class _Merge:
         self._chains: dict[str, dict[tuple[int, int], Generated]] = {}
         self._broken: set[tuple[str, int, int]] = set()
         self._num_damaged = 0
+
+    def keep(self, completion: Completion) -> None:
+        """A finished sample that counts before all that comes."""
+        self._finished.add(completion.ordinal, completion.sample, write_finished(completion))
 
     def add(self, attempt: str, data: bytes, expected: Mapping[str, object]) -> None:
         """The next object of ``attempt``."""

@@ -14,6 +14,8 @@ SUCCESS = "_SUCCESS"
 LOCK = f"{FOLDER}/lock.json"
 PART_NAME = re.compile(r"part-\d{6,}-[0-9a-f]{8}\.parquet")
 PLAN_NAME = re.compile(r"plan-(\d{4,})\.parquet")
+RETRY_PLAN_NAME = re.compile(r"plan-(\d{4,})\.json")
+STAGED_NAME = re.compile(r"(\d{6,})-(\d{4,})\.(parquet|json)")
 MANIFEST_NAME = re.compile(r"manifest-(\d{4,})\.json")
 
 
@@ -53,6 +55,21 @@ def strikes_folder(run: str) -> str:
     return f"{run_folder(run)}/strikes"
 
 
+def retries_folder(run: str) -> str:
+    """Where retries of failed rows are planned, staged and recorded."""
+    return f"{run_folder(run)}/retries"
+
+
+def retry_plan_path(run: str, number: int) -> str:
+    """The create-only record of what a retry set out to do; numbers count from 1."""
+    return f"{retries_folder(run)}/plan-{number:04d}.json"
+
+
+def staged_path(run: str, shard: int, number: int) -> str:
+    """The new part of a shard until it stands in its place; its record ends in ``.json``."""
+    return f"{retries_folder(run)}/{shard:06d}-{number:04d}.parquet"
+
+
 def shard_digest(run: str, shard: Shard) -> str:
     """What tells the rows of a shard, down to their bytes, from all others."""
     pinned = [
@@ -73,7 +90,7 @@ def run_folder(run: str) -> str:
     In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
     ``parts/`` and ``failed/``, one a shard; ``traces/``, one a shard, where the run keeps them;
     ``journal/<shard>/<attempt>-<seq>.zst``, of shards in work; ``strikes/<worker>.json``, one a
-    worker that died; ``progress.json``; ``manifest-<n>.json``.
+    worker that died; ``retries/``; ``progress.json``; ``manifest-<n>.json``.
     """
     return f"{FOLDER}/{run}"
 

@@ -75,6 +75,15 @@ class LocalStore(Store):
             os.replace(temporary, target)
             _sync_folder(target.parent)
 
+    def copy(self, source: str, target: str) -> None:
+        """See :meth:`Store.copy`."""
+        found, place = self._path(source), self._path(target)
+        if not found.is_file():
+            raise OutputError(f"output: {found} does not exist")
+        with border(Role.OUTPUT, str(place)), self._written(place, found) as temporary:
+            os.replace(temporary, place)
+            _sync_folder(place.parent)
+
     def put_if_absent(
         self,
         path: str,

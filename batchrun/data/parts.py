@@ -38,6 +38,16 @@ def part_from_json(data: bytes) -> Part:
         raise ValueError(f"not a commit record: {error}") from error
 
 
+def part_metadata(run: str, shard: Shard, num_rows: int, sha256: str) -> dict[str, str]:
+    """What a part's object says of itself, beside its bytes."""
+    return {
+        "batchrun-run": run,
+        "batchrun-shard": str(shard.number),
+        "batchrun-rows": str(num_rows),
+        "batchrun-sha256": sha256,
+    }
+
+
 def part_from_object(store: Store, run: str, shard: Shard, name: str, n: int) -> Part:
     """The part at ``name``, described by reading it.
 

@@ -121,6 +121,14 @@ class RemoteStore(Store):
         key = self._key(path)
         self._patiently(lambda: self._fs.pipe_file(key, data), path)
 
+    def copy(self, source: str, target: str) -> None:
+        """See :meth:`Store.copy`."""
+        start, end = self._key(source), self._key(target)
+        try:
+            self._patiently(lambda: self._copy(start, end), target)
+        except _AbsentError as error:
+            raise OutputError(f"output: {self.url}/{source} does not exist") from error
+
     def put_if_absent(
         self,
         path: str,
@@ -220,6 +228,10 @@ class RemoteStore(Store):
     @abstractmethod
     def _token(self, key: str) -> str | None:
         """The token of the object at ``key``; "" for one without, None when there is none."""
+
+    @abstractmethod
+    def _copy(self, source: str, target: str) -> None:
+        """One copy inside the service, metadata too; raises whatever the library raises."""
 
     @abstractmethod
     def _delete(self, keys: Sequence[str]) -> None:

@@ -23,8 +23,15 @@ from batchrun.data.layout import (
     run_id,
     traces_path,
 )
-from batchrun.data.parts import check_part, part_from_json, part_from_object, part_to_json
+from batchrun.data.parts import (
+    check_part,
+    part_from_json,
+    part_from_object,
+    part_metadata,
+    part_to_json,
+)
 from batchrun.data.plan import PlanRule, append_plan, change_plan, count_rows, read_plan
+from batchrun.data.retry import recover
 from batchrun.data.schema import InputSchema
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFile
@@ -68,12 +75,7 @@ class RunDirectory:
         """
         shard = lease.shard
         name = part_name(self.run, shard)
-        metadata = {
-            "batchrun-run": self.run,
-            "batchrun-shard": str(shard.number),
-            "batchrun-rows": str(part_file.num_rows),
-            "batchrun-sha256": part_file.sha256,
-        }
+        metadata = part_metadata(self.run, shard, part_file.num_rows, part_file.sha256)
         if part_file.traces is not None:
             # First, so that whoever finds the part finds them too.
             path = traces_path(self.run, shard)
@@ -346,6 +348,7 @@ def open_run(
     store.sweep()
     directory = RunDirectory(store, run_id(semantic), n=rule.n)
     token = uuid.uuid4().hex
+    recover(store, directory.run)
     # Looked at first: a plan that cannot be made leaves no trace.
     plan = read_plan(store, directory.run, rule.columns)
     job = {"run_id": directory.run, "semantic": semantic, "job": resolved_job}

@@ -50,6 +50,14 @@ class S3Store(RemoteStore):
             raise
         return str(head.get("Metadata", {}).get("batchrun-token", ""))
 
+    def _copy(self, source: str, target: str) -> None:
+        (from_bucket, _, from_name), (bucket, _, name) = (
+            source.partition("/"),
+            target.partition("/"),
+        )
+        place = {"Bucket": from_bucket, "Key": from_name}
+        self._fs.call_s3("copy_object", Bucket=bucket, Key=name, CopySource=place)
+
     def _delete(self, keys: Sequence[str]) -> None:
         bucket = self.bucket
         names = [{"Key": key.partition("/")[2]} for key in keys]

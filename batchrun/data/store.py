@@ -87,6 +87,14 @@ class Store(ABC):
         """Create or replace the object atomically. For bookkeeping that may be lost only."""
 
     @abstractmethod
+    def copy(self, source: str, target: str) -> None:
+        """Make ``target`` what ``source`` is, in one step and without moving bytes through here.
+
+        Replaces what is there: only for the holder of the run lock. Raises
+        :class:`~batchrun.errors.OutputError` when there is no ``source``.
+        """
+
+    @abstractmethod
     def put_if_absent(
         self,
         path: str,

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from batchrun.data.layout import FOLDER, SUCCESS, journal_folder, part_name, run_folder
 from batchrun.data.parts import RUN_KEY, part_from_json
 from batchrun.data.plan import count_rows, read_plan
+from batchrun.data.retry import is_cut_off
 from batchrun.data.run import RunDirectory, require_run, success_counts
 from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
@@ -108,6 +109,9 @@ def _check_part(store: Store, run: str, shard: Shard, part: Part, rule: _Rule) -
                 digest.update(chunk)
                 size += len(chunk)
             if (size, digest.hexdigest()) != (part.size_bytes, part.sha256):
+                if is_cut_off(store, run, part, digest.hexdigest()):
+                    yield f"{part.name}: a retry was cut off; submit the job again to finish it"
+                    return
                 yield (
                     f"{part.name}: its bytes are not those that were committed "
                     f"({size} bytes, {part.size_bytes} expected)"

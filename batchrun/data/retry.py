@@ -1,0 +1,284 @@
+"""Trying failed rows of published parts again: the one thing that ever replaces a part.
+
+1. The driver plans a retry: ``retries/plan-<k>.json`` says which rows of which shards.
+2. A worker makes the shard's part anew, of the rows that were good and of what the retried ones
+   gave this time. It stages the part as ``retries/<shard>-<k>.parquet`` and records beside it
+   which part it replaces. Both are create-only.
+3. The driver, who holds the run lock, copies the staged part over the old one, replaces the
+   commit record, and deletes the staged part.
+
+A copy is one step of the store, so a reader sees the old part or the new one. Whoever opens the
+run next finishes what was cut off: while a staged part with a record is there, step 3 is repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.data.border import Role, border
+from batchrun.data.journal import delete_journal
+from batchrun.data.layout import (
+    RETRY_PLAN_NAME,
+    STAGED_NAME,
+    SUCCESS,
+    commit_path,
+    retries_folder,
+    retry_plan_path,
+    staged_path,
+)
+from batchrun.data.parts import (
+    CALLS_COLUMN,
+    part_from_json,
+    part_from_object,
+    part_metadata,
+    part_to_json,
+)
+from batchrun.data.store import Store
+from batchrun.data.strikes import delete_strikes
+from batchrun.data.writer import PartFile
+from batchrun.errors import OutputError
+from batchrun.records import Completion, ErrorKind, FinishReason, Lease, Part, ToolCall
+from batchrun.rows import Rows
+
+_THREADS = 8
+_BATCH_ROWS = 256
+_COLUMNS = (
+    "id",
+    "sample",
+    "completion",
+    "reasoning",
+    "finish_reason",
+    "prompt_tokens",
+    "reasoning_tokens",
+    "completion_tokens",
+    "thinking_budget_hit",
+    "error",
+    "logprobs",
+    CALLS_COLUMN,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A retry under way. ``rows`` are those still to be tried again, by shard number."""
+
+    number: int
+    kinds: tuple[ErrorKind, ...]
+    rows: Mapping[int, Rows]
+
+
+def begin_retry(
+    store: Store, run: str, parts: Mapping[int, Part], kinds: Sequence[ErrorKind], n: int
+) -> Retry:
+    """Plan a retry of the rows of which a sample failed with one of ``kinds``, or go on with one.
+
+    A retry of the same kinds that was cut off goes on, with what it left in the journal. Nothing
+    is written when no row failed so. Only for the holder of the run lock.
+    """
+    chosen = tuple(sorted(set(kinds)))
+    last, staged, recorded = _look(store, run)
+    if last:
+        latest = _read_plan(store, run, last)
+        left = {
+            number: rows
+            for number, rows in latest.rows.items()
+            if (number, last) not in recorded and number in parts
+        }
+        if left and latest.kinds == chosen:
+            return replace(latest, rows=left)
+    rows = find_failed(store, parts.values(), chosen, n)
+    if not rows:
+        return Retry(0, chosen, {})
+    store.delete([staged_path(run, *key) for key in staged])
+    # What is in the journal of a published shard is what it was published from.
+    delete_journal(store, run, rows)
+    if ErrorKind.WORKER_LOST in chosen:
+        delete_strikes(store, run)
+    plan = {
+        "errors": [kind.value for kind in chosen],
+        "rows": {str(number): rows[number].ranges for number in sorted(rows)},
+    }
+    path = retry_plan_path(run, last + 1)
+    if not store.put_if_absent(path, json.dumps(plan, indent=1).encode(), uuid.uuid4().hex):
+        raise OutputError(f"output: {store.url}/{path} was made by another retry", "try again")
+    return Retry(last + 1, chosen, rows)
+
+
+def find_failed(
+    store: Store, parts: Iterable[Part], kinds: Sequence[ErrorKind], n: int
+) -> dict[int, Rows]:
+    """The rows of which a sample failed with one of ``kinds``, by shard number.
+
+    Reads one column, and only of parts whose record counts failed rows.
+    """
+    wanted = tuple(f"{kind.value}: " for kind in kinds)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        failed = [part for part in parts if part.counts.failed_rows]
+        found = pool.map(lambda part: Rows.of(_failed(store, part, wanted, n)), failed)
+        return {part.shard: rows for part, rows in zip(failed, found, strict=True) if rows}
+
+
+def read_kept(store: Store, part: Part, retried: Rows, n: int) -> Iterator[Completion]:
+    """The samples of a part, but for the rows to be retried, in order; few at a time.
+
+    Where the run has scores they have no verdict: which answer was found is not in a part, so they
+    are to be scored again.
+    """
+    with border(Role.OUTPUT, f"{store.url}/{part.name}"):
+        with store.open_file(part.name) as source, pq.ParquetFile(source) as parquet:
+            present = [name for name in _COLUMNS if name in parquet.schema_arrow.names]
+            position = 0
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=present, use_threads=False):
+                for row in batch.to_pylist():
+                    ordinal = position // n
+                    position += 1
+                    if ordinal not in retried:
+                        yield _completion(ordinal, row)
+
+
+def stage_part(
+    store: Store, run: str, number: int, part_file: PartFile, lease: Lease, n: int
+) -> Part:
+    """Put a shard's new part beside the old one; what the part will be once it is in its place.
+
+    When another attempt was first, its part counts.
+    """
+    shard = lease.shard
+    data = store.read(commit_path(run, shard.number))
+    try:
+        old = part_from_json(data or b"null")
+    except ValueError as error:
+        raise OutputError(f"output: shard {shard.name} has no part to replace ({error})") from error
+    path = staged_path(run, shard.number, number)
+    metadata = part_metadata(run, shard, part_file.num_rows, part_file.sha256)
+    if store.put_if_absent(path, part_file.path, lease.attempt, metadata):
+        new = replace(
+            old,
+            attempt=lease.attempt,
+            size_bytes=part_file.size_bytes,
+            sha256=part_file.sha256,
+            num_rows=part_file.num_rows,
+            counts=part_file.counts,
+        )
+    else:
+        new = replace(part_from_object(store, run, shard, path, n), name=old.name)
+    record = {name: json.loads(part_to_json(part)) for name, part in (("old", old), ("new", new))}
+    place = _record_path(run, shard.number, number)
+    store.put_if_absent(place, json.dumps(record, indent=1).encode(), uuid.uuid4().hex)
+    return _read_record(store, run, shard.number, number)[1]
+
+
+def apply_staged(store: Store, run: str, shard: int, number: int) -> Part:
+    """Put a staged part in its place; only for the holder of the run lock. May be repeated.
+
+    Raises OutputError when the part there is neither the one that it replaces nor itself.
+    """
+    old, new = _read_record(store, run, shard, number)
+    staged, commit = staged_path(run, shard, number), commit_path(run, shard)
+    try:
+        current = part_from_json(store.read(commit) or b"null")
+    except ValueError as error:
+        raise OutputError(f"output: {store.url}/{commit} is damaged ({error})") from error
+    if current.sha256 == old.sha256 != new.sha256:
+        # It counts rows that will not be there any more.
+        store.delete([SUCCESS])
+        store.copy(staged, new.name)
+        store.put(commit, part_to_json(new))
+    elif current.sha256 != new.sha256:
+        raise OutputError(
+            f"output: {store.url}/{new.name} is not the part that retry {number} began with",
+            f"remove {staged} to keep the part as it is",
+        )
+    store.delete([staged])
+    return new
+
+
+def recover(store: Store, run: str) -> int:
+    """Finish what retries left half done; how many parts that were. For whoever opens the run."""
+    _, staged, recorded = _look(store, run)
+    done = [key for key in sorted(staged, key=lambda key: key[::-1]) if key in recorded]
+    for shard, number in done:
+        apply_staged(store, run, shard, number)
+    return len(done)
+
+
+def is_cut_off(store: Store, run: str, part: Part, sha256: str) -> bool:
+    """Whether these bytes stand in the part's place because a retry was cut off there."""
+    _, staged, recorded = _look(store, run)
+    return any(
+        _read_record(store, run, *key)[1].sha256 == sha256
+        for key in staged & recorded
+        if key[0] == part.shard
+    )
+
+
+def _completion(ordinal: int, row: Mapping[str, Any]) -> Completion:
+    logprobs, calls = row.get("logprobs"), row.get(CALLS_COLUMN)
+    own = {name: row[name] for name in _COLUMNS if name in row}
+    own["finish_reason"] = FinishReason(row["finish_reason"])
+    own["logprobs"] = None if logprobs is None else tuple(logprobs)
+    own[CALLS_COLUMN] = None if calls is None else tuple(ToolCall(**call) for call in calls)
+    return Completion(ordinal=ordinal, **own)
+
+
+def _look(store: Store, run: str) -> tuple[int, set[tuple[int, int]], set[tuple[int, int]]]:
+    """The number of the last retry, and (shard, number) of staged parts and of their records."""
+    last = 0
+    staged: set[tuple[int, int]] = set()
+    recorded: set[tuple[int, int]] = set()
+    for item in store.list(retries_folder(run)):
+        name = item.path.rpartition("/")[2]
+        if plan := RETRY_PLAN_NAME.fullmatch(name):
+            last = max(last, int(plan[1]))
+        elif found := STAGED_NAME.fullmatch(name):
+            (staged if found[3] == "parquet" else recorded).add((int(found[1]), int(found[2])))
+    return last, staged, recorded
+
+
+def _read_plan(store: Store, run: str, number: int) -> Retry:
+    path = retry_plan_path(run, number)
+    try:
+        raw = json.loads(store.read(path) or b"null")
+        rows = {int(shard): Rows.of_ranges(ranges) for shard, ranges in raw["rows"].items()}
+        return Retry(number, tuple(ErrorKind(kind) for kind in raw["errors"]), rows)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OutputError(f"output: {store.url}/{path} is damaged ({error!r})") from error
+
+
+def _record_path(run: str, shard: int, number: int) -> str:
+    return staged_path(run, shard, number).removesuffix(".parquet") + ".json"
+
+
+def _read_record(store: Store, run: str, shard: int, number: int) -> tuple[Part, Part]:
+    """The part that a staged one replaces, and what it will be in its place."""
+    path = _record_path(run, shard, number)
+    try:
+        raw = json.loads(store.read(path) or b"null")
+        old, new = (part_from_json(json.dumps(raw[name]).encode()) for name in ("old", "new"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(f"output: {store.url}/{path} is damaged ({error!r})") from error
+    return old, new
+
+
+def _failed(store: Store, part: Part, wanted: tuple[str, ...], n: int) -> Iterator[int]:
+    """The ordinals of rows of which a sample has one of these errors."""
+    try:
+        with store.open_file(part.name) as source, pq.ParquetFile(source) as parquet:
+            position = 0
+            for batch in parquet.iter_batches(columns=["error"], use_threads=False):
+                for text in batch.column(0).to_pylist():
+                    if text is not None and text.startswith(wanted):
+                        yield position // n
+                    position += 1
+    except (pa.ArrowException, OSError) as error:
+        raise OutputError(
+            f"output: {store.url}/{part.name} is damaged ({error})", "see `batchrun verify`"
+        ) from error
