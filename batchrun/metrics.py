@@ -117,6 +117,13 @@ TOKENS_DISCARDED = Series(
     Kind.COUNTER,
     "Generated tokens that were lost with a worker and generated again.",
 )
+CHECKPOINT_SECONDS = Series(
+    "batchrun_checkpoint_seconds",
+    Kind.HISTOGRAM,
+    "Time of one write to the journal.",
+    per_worker=True,
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
 WORKER_SECONDS = Series(
     "batchrun_worker_state_seconds_total",
     Kind.COUNTER,
@@ -146,6 +153,7 @@ ALL_SERIES = (
     BUDGET_HITS,
     RESTARTS,
     TOKENS_DISCARDED,
+    CHECKPOINT_SECONDS,
     WORKER_SECONDS,
     ETA,
     LAST_PROGRESS,

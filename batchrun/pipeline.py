@@ -1,13 +1,16 @@
-"""From leases to parts: rows in, through the engine, completions out. No Ray in here.
+"""From leases to parts and journals: rows in, through the engine, completions out. No Ray in here.
 
-1. :meth:`Pipeline.start` takes a lease; its rows are read when the engine has room, not before.
+1. :meth:`Pipeline.start` takes a lease. The journal of its shard is read first: what is finished
+   there is taken as it is, and what was begun there goes on where it was.
 2. Rows become prompts and then requests. The engine is kept a quarter fuller than it can run, so
    a sequence that ends is replaced at the next step; rows of the next lease follow those of the
    one before without a gap. Short rows are read further ahead, so that the engine can begin with
    the longest.
 3. Finished samples are scored where the job asks for it, and go to the lease's part writer,
    which puts them into input order.
-4. A lease that has all its rows is published in a thread, while the engine goes on.
+4. Every ``checkpoint.interval_s`` what is finished and what is begun goes to the journal, and so it
+   does when the work has to stop. A lease that is whole and has all its rows is published. Both
+   happen in a thread, while the engine goes on.
 
 A bad row is a completion with an error. An unreadable shard is a failed lease. Anything else that
 goes wrong is raised from :meth:`Pipeline.work`, and whoever runs the pipeline decides.
@@ -15,27 +18,28 @@ goes wrong is raised from :meth:`Pipeline.work`, and whoever runs the pipeline d
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
+from batchrun.completions import completion_of, failed_sample, in_order, with_calls
+from batchrun.data.journal import Journal
 from batchrun.data.reader import ShardReader
 from batchrun.data.schema import InputSchema
-from batchrun.data.writer import PartFile, PartFormat, PartWriter
-from batchrun.engine.chat import PromptError
-from batchrun.engine.engine import Engine
-from batchrun.engine.params import SamplingParams
-from batchrun.engine.request import Output, Request
-from batchrun.errors import CheckpointError, RequestError, ShardError
+from batchrun.data.writer import PartFile, PartFormat
+from batchrun.engine.engine import Engine, RunningSample
+from batchrun.engine.request import Output
+from batchrun.errors import ShardError
 from batchrun.evaluate import ScoreSpec
 from batchrun.job import Job
 from batchrun.judge import Judge
+from batchrun.leases import Journals, OpenLease, OpenRow
 from batchrun.metrics import (
     BUDGET_HITS,
+    CHECKPOINT_SECONDS,
     KV_PAGES_TOTAL,
     KV_PAGES_USED,
     ROW_SECONDS,
@@ -45,122 +49,48 @@ from batchrun.metrics import (
     STEP_SECONDS,
     TOKENS,
     WORKER_SECONDS,
-    MetricsDelta,
     Recorder,
 )
-from batchrun.prompts import PromptBuilder
 from batchrun.records import (
     Completion,
-    Counts,
     ErrorKind,
-    FinishReason,
     Generated,
     Lease,
     Part,
     Row,
     RowError,
-    row_scores,
 )
-from batchrun.scores import Scores, Verdict
-from batchrun.tools import is_malformed, parse_calls
+from batchrun.reports import FailedLease, FinishedLease, ReturnedLease, WorkReport
+from batchrun.rowrequests import RequestBuilder
+from batchrun.scores import Verdict
 
 MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
+BUILD_ROWS = 16
+"""Rows that become prompts together."""
+DRAIN_S = 20.0
+"""The most that giving everything back may take."""
 
 _WINDOW = 1.25  # requests in the engine, running and waiting, for each sequence it can run
 _LOOKAHEAD = 16  # the same, as long as what waits is small: the order is better the more is known
 _MAX_WAITING_TOKENS = 1 << 18  # about 10 MiB, with the texts
 _MAX_HELD_BYTES = 64 << 20  # carried columns of rows that are not written yet
 _MAX_ROWS_A_TURN = 256  # rows read between two engine steps: a call stays short on bad rows
+_SCORES_S = 2.0  # for scores that are on their way when the work has to stop
 
 _RowKey = tuple[str, int]  # attempt, ordinal
 
 
-@dataclass(frozen=True, slots=True)
-class FailedLease:
-    """A lease that ends without a part of this run: its shard cannot be read, or something else
-    stands where the part belongs. Plain text, for the driver."""
+class Flight(Protocol):
+    """Is told which rows a death of this process may be due to."""
 
-    lease: Lease
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunningLease:
-    """Rows and tokens of a lease that are finished but not published yet."""
-
-    attempt: str
-    shard: int
-    counts: Counts
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedLease:
-    """A lease that ended with its part in place."""
-
-    lease: Lease
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class WorkReport:
-    """What one call of :meth:`Pipeline.work` brought.
-
-    ``num_wanted`` is how many further leases would keep the engine full; ``idle`` says that
-    nothing is left to do. ``sampled_tokens`` are those of the pipeline so far, of unfinished rows
-    too, and ``prefix_tokens`` those of prompts that it did not have to compute. A ``draining``
-    pipeline takes no further leases.
-    """
-
-    done: tuple[FinishedLease, ...] = ()
-    failed: tuple[FailedLease, ...] = ()
-    running: tuple[RunningLease, ...] = ()
-    num_wanted: int = 0
-    idle: bool = True
-    sampled_tokens: int = 0
-    prefix_tokens: int = 0
-    draining: bool = False
-    metrics: MetricsDelta = field(default_factory=MetricsDelta)
-
-
-@dataclass(slots=True)
-class _OpenLease:
-    """A lease in work: its rows as they are read, its part as it grows."""
-
-    lease: Lease
-    reader: ShardReader
-    writer: PartWriter
-    known: Iterator[Generated | None]
-    at_end: bool = False
-    counts: Counts = field(default_factory=Counts)
-    publishing: Future[Part] | None = None
-
-    def close(self) -> None:
-        self.reader.close()
-        self.writer.close()
-
-
-@dataclass(slots=True)
-class _OpenRow:
-    """A row in the engine, with the samples that are still to come."""
-
-    owner: _OpenLease
-    row: Row
-    missing: set[int]  # samples that the engine owes
-    added_at: float
-    started_at: float | None = None  # when a sample was first seen to have a slot
-    queued_s: float | None = None
-    prefix_tokens: dict[int, int] = field(default_factory=dict)  # of samples
-    num_scoring: int = 0  # samples that wait for their verdict
-    finished: list[Completion] = field(default_factory=list)
-
-    @property
-    def is_done(self) -> bool:
-        return not self.missing and not self.num_scoring
+    def set(self, rows: Iterable[tuple[int, int]]) -> None:
+        """These (shard number, ordinal) and no others."""
 
 
 class Pipeline:
-    """Keeps one engine busy with the rows of a few leases. Not thread-safe."""
+    """Keeps one engine busy with the rows of a few leases. Not thread-safe, but for
+    ``draining``."""
 
     def __init__(
         self,
@@ -171,53 +101,76 @@ class Pipeline:
         part_format: PartFormat,
         clock: Callable[[], float] = time.monotonic,
         known: Callable[[Lease], Iterator[Generated | None]] | None = None,
+        journals: Journals | None = None,
+        flight: Flight | None = None,
     ) -> None:
         """``publish`` puts a finished part in its place and returns what stands there then.
 
-        ``known`` gives what another run has generated for the samples of a lease, in order; it
-        may end early.
+        ``known`` gives what another run has generated for the samples of a lease's shard, in
+        order; it may end early. Without ``journals`` only whole leases can be run. ``flight`` has
+        room for as many rows as the engine runs and :data:`BUILD_ROWS`.
         """
         self._job = job
         self._engine = engine
         self._publish = publish
         self._known = known
+        self._journals = journals
+        self._flight = flight
         self._before = engine.stats()
         self._schema = schema
         self._format = part_format
         self._clock = clock
-        self._prompts = PromptBuilder(job)
-        if engine.chat is None:
-            raise CheckpointError(
-                "the checkpoint has no chat template, so rows cannot become prompts",
-                "copy tokenizer_config.json or chat_template.jinja from where the model came",
-            )
-        self._chat = engine.chat
-        self._leases: list[_OpenLease] = []
-        self._rows: dict[_RowKey, _OpenRow] = {}
+        self._requests = RequestBuilder(job, engine)
+        self._leases: list[OpenLease] = []
+        self._writers: dict[str, Any] = {}  # journals by attempt
+        self._rows: dict[_RowKey, OpenRow] = {}
+        self._in_slot: set[_RowKey] = set()
+        self._flight_is_late = False
+        self._discarded_tokens = 0
         self._recorder = Recorder()
         self.draining = False
-        """Set to finish the leases at hand and ask for no more."""
+        """Set to give the leases at hand back and ask for no more."""
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="open")
         self._judge: Judge | None = None
         if job.evaluate is not None:
             evaluate = job.evaluate
             self._judge = Judge(ScoreSpec(evaluate.scorer, evaluate.pattern, evaluate.choices))
         # Scorers that may take long do so beside the engine.
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="score")
-        self._scoring: dict[Future[Verdict], tuple[_OpenRow, Completion]] = {}
+        self._scoring: dict[Future[Verdict], tuple[OpenRow, Completion]] = {}
         self._window = max(
             engine.max_sequences + 1, math.ceil(_WINDOW * engine.max_sequences), part_format.n
         )
         self._lookahead = max(self._window, _LOOKAHEAD * engine.max_sequences)
+        engine.on_admit = self._on_admit
 
     def start(self, lease: Lease) -> None:
         """Take a lease; its rows follow those of the leases before."""
-        reader = ShardReader(lease.shard, self._schema, self._job.input.storage_options)
+        reader = ShardReader(
+            lease.shard,
+            self._schema,
+            self._job.input.storage_options,
+            None if lease.whole else lease.rows,
+        )
+        opening: Future[Journal]
+        if self._journals is None:
+            opening = Future()
+            opening.set_result(Journal())
+        else:
+            opening = self._opener.submit(self._journals.read, lease.shard)
+            self._writers[lease.attempt] = self._journals.write(lease)
         known = iter(()) if self._known is None else self._known(lease)
-        self._leases.append(_OpenLease(lease, reader, PartWriter(reader, self._format), known))
+        self._leases.append(OpenLease(lease, reader, opening, known, self._clock()))
+
+    def cancel(self, attempt: str) -> None:
+        """Drop a lease whose rows are safe by another's work. Does nothing when it has ended."""
+        for item in [item for item in self._leases if item.lease.attempt == attempt]:
+            self._drop(item)
 
     def work(self, seconds: float) -> WorkReport:
-        """Work for about so long, or until a lease has ended, or nothing is left to do.
+        """Work for about so long, or until a lease has ended, or nothing is left to do; when
+        ``draining``, make everything safe and give the leases back.
 
         Raises what is neither a row's nor a shard's fault: storage, a broken engine.
         """
@@ -225,56 +178,46 @@ class Pipeline:
         until = started + seconds
         done: list[FinishedLease] = []
         failed: list[FailedLease] = []
-        while True:
+        while not self.draining:
             failed += self._admit()
             if self._engine.num_unfinished:
                 self._step()
             self._expire()
             self._take_verdicts(0.0 if self._can_go_on else max(0.0, until - self._clock()))
+            self._start_flushes()
             self._start_publishing()
             waits = not self._busy and not self._scoring
-            timeout_s = max(0.0, until - self._clock()) if waits else 0.0
-            self._published(timeout_s, done, failed)
+            self._collect(max(0.0, until - self._clock()) if waits else 0.0, done, failed)
             if done or failed or not self._leases or self._clock() >= until:
                 break
         state = "drain" if self.draining else "generate"
+        returned = self._give_back(DRAIN_S, done, failed) if self.draining else []
         self._recorder.add(WORKER_SECONDS, max(0.0, self._clock() - started), state=state)
-        self._gauge()
-        stats = self._engine.stats()
-        return WorkReport(
-            done=tuple(done),
-            failed=tuple(failed),
-            running=tuple(
-                RunningLease(item.lease.attempt, item.lease.shard.number, item.counts)
-                for item in self._leases
-            ),
-            num_wanted=self._num_wanted(),
-            idle=not self._leases,
-            sampled_tokens=stats.sampled_tokens - self._before.sampled_tokens,
-            prefix_tokens=stats.prefix_tokens - self._before.prefix_tokens,
-            draining=self.draining,
-            metrics=self._recorder.take(),
-        )
+        return self._report(done, failed, returned)
 
     def finish(self, timeout_s: float) -> WorkReport:
-        """Publish what is complete already, for so long at most, and give up the rest.
+        """Publish what is complete, journal the rest, for so long at most, and give it back.
 
         The pipeline is closed then.
         """
-        self._start_publishing()
+        self.draining = True
         done: list[FinishedLease] = []
         failed: list[FailedLease] = []
-        self._published(timeout_s, done, failed, ALL_COMPLETED)
+        returned = self._give_back(timeout_s, done, failed)
+        report = self._report(done, failed, returned)
         self.close()
-        return WorkReport(done=tuple(done), failed=tuple(failed))
+        return report
 
     def close(self) -> None:
         """Give up everything. May be called twice."""
         for key in list(self._rows):
             self._engine.abort(key)
         self._rows.clear()
-        self._publisher.shutdown(wait=False, cancel_futures=True)
-        self._scorer.shutdown(wait=False, cancel_futures=True)
+        self._in_slot.clear()
+        if self._engine.on_admit == self._on_admit:
+            self._engine.on_admit = None
+        for executor in (self._publisher, self._opener, self._scorer):
+            executor.shutdown(wait=False, cancel_futures=True)
         self._scoring.clear()
         if self._judge is not None:
             self._judge.close()
@@ -285,14 +228,19 @@ class Pipeline:
     @property
     def _busy(self) -> bool:
         """Whether there is something to do other than waiting for storage."""
-        return bool(self._engine.num_unfinished) or any(not item.at_end for item in self._leases)
+        return bool(self._engine.num_unfinished) or self._can_read
+
+    @property
+    def _can_read(self) -> bool:
+        """Whether there are rows left that can be read now."""
+        left = next((item for item in self._leases if not item.at_end), None)
+        return left is not None and left.opening.done()
 
     @property
     def _can_go_on(self) -> bool:
         """Whether there is something to do while scores are awaited."""
-        rows_left = any(not item.at_end for item in self._leases)
         return bool(self._engine.num_unfinished) or (
-            rows_left and len(self._scoring) <= self._window
+            self._can_read and len(self._scoring) <= self._window
         )
 
     @property
@@ -307,10 +255,10 @@ class Pipeline:
             return 0
         return max(0, MAX_LEASES - len(self._leases))
 
-    def _has_room(self) -> bool:
-        """Whether another row may enter the engine: while it could run dry, and beyond that as
-        long as memory stays small."""
-        num_requests = self._num_in_engine + self._format.n
+    def _has_room(self, num_rows: int) -> bool:
+        """Whether another row after so many may enter the engine: while it could run dry, and
+        beyond that as long as memory stays small."""
+        num_requests = self._num_in_engine + (num_rows + 1) * self._format.n
         if len(self._scoring) > self._window:
             return False
         if num_requests <= self._window:
@@ -321,83 +269,106 @@ class Pipeline:
             and sum(item.reader.held_bytes for item in self._leases) < _MAX_HELD_BYTES
         )
 
+    # -- rows into the engine ------------------------------------------------------------------
+
     def _admit(self) -> list[FailedLease]:
         """Read rows and put them into the engine, as long as it has room for more."""
         failed: list[FailedLease] = []
-        num_read = 0
+        left = _MAX_ROWS_A_TURN
         for item in list(self._leases):
             while not item.at_end:
-                if num_read >= _MAX_ROWS_A_TURN or not self._has_room():
-                    return failed
+                if left <= 0 or not self._has_room(0) or not item.open(self._format):
+                    break
                 try:
-                    row = next(item.reader, None)
+                    rows = self._read(item, min(left, BUILD_ROWS))
                 except ShardError as error:
                     failed.append(self._give_up(item, error))
                     break
-                if row is None:
-                    item.at_end = True
-                else:
-                    num_read += 1
-                    self._add(item, row)
+                left -= len(rows)
+                self._build(item, rows)
+            if not item.at_end and item in self._leases:
+                break  # one lease after the other
         return failed
 
-    def _add(self, item: _OpenLease, row: Row) -> None:
-        """One row into the engine, or straight to the part when it cannot run."""
-        # Taken for every row, whatever becomes of it: they are in the order of the samples.
-        known = [next(item.known, None) for _ in range(self._format.n)]
-        requests = self._requests(item.lease, row, known)
+    def _read(self, item: OpenLease, most: int) -> list[Row]:
+        """The next rows of a lease, as many as there is room for."""
+        rows: list[Row] = []
+        while len(rows) < most and self._has_room(len(rows)):
+            row = next(item.reader, None)
+            if row is None:
+                item.at_end = True
+                break
+            rows.append(row)
+        return rows
+
+    def _build(self, item: OpenLease, rows: list[Row]) -> None:
+        """Rows into the engine, or straight to the part or the journal where they need not run."""
+        if self._flight is not None and rows:
+            # A prompt that cannot be made may take the process along as one that runs.
+            self._tell_flight((item.lease.shard.number, row.ordinal) for row in rows)
+            self._flight_is_late = True
+        for row in rows:
+            self._add(item, row)
+
+    def _add(self, item: OpenLease, row: Row) -> None:
+        n = self._format.n
+        lost = item.lease.lost.get(row.ordinal)
+        if lost is not None:
+            self._end_at_once(item, row, RowError(ErrorKind.WORKER_LOST, lost), range(n))
+            return
+        journaled = [
+            sample for sample in range(n) if (row.ordinal, sample) in item.journal.finished
+        ]
+        if item.writer is not None:
+            for sample in journaled:
+                item.writer.add_journaled(row.ordinal, sample)
+        finished = [item.journal.finished[row.ordinal, sample] for sample in journaled]
+        if len(finished) == n:
+            item.known += self._format.count(finished)
+            return
+        missing = [sample for sample in range(n) if sample not in journaled]
+        requests = self._requests.build(item.lease, row, item.take_known(row, missing, n))
         if isinstance(requests, RowError):
-            failed = [
-                self._scored(_failed(row, sample, requests), row.answer)
-                for sample in range(self._format.n)
-            ]
-            for completion in failed:
-                item.writer.add(completion)
-            item.counts += Counts(rows=1, failed_rows=1, scores=self._scores(failed))
+            self._end_at_once(item, row, requests, missing, finished)
             return
         key = (item.lease.attempt, row.ordinal)
-        missing = {request.sample for request in requests}
-        self._rows[key] = _OpenRow(item, row, missing, self._clock())
+        owed = {request.sample: request for request in requests}
+        self._rows[key] = OpenRow(item, row, owed, self._clock(), finished=finished)
+        item.num_open += 1
         for request in requests:
             self._engine.add(request)
 
-    def _requests(
-        self, lease: Lease, row: Row, known: Sequence[Generated | None]
-    ) -> list[Request] | RowError:
-        """The samples of a row as requests, or why there are none."""
-        prompt = self._prompts.build(row)
-        if isinstance(prompt, RowError):
-            return prompt
-        try:
-            encoded = self._chat.encode(
-                prompt.messages, reasoning=prompt.reasoning, tools=prompt.tools
-            )
-            params = SamplingParams(**cast(dict[str, Any], prompt.params))
-        except PromptError as error:
-            return error.row_error
-        except RequestError as error:
-            return RowError(ErrorKind.INVALID_PROMPT, error.message)
-        refusal = self._engine.admission_error(
-            len(encoded.token_ids), params, thinking=encoded.thinking
-        )
-        if refusal is not None:
-            return refusal
-        seed = row_seed(params.seed or 0, lease.shard.path, row.index)
-        return [
-            Request(
-                key=(lease.attempt, row.ordinal),
-                prompt_token_ids=encoded.token_ids,
-                params=params,
-                seed=seed,
-                sample=sample,
-                thinking=encoded.thinking,
-                generated=known[sample],
-            )
-            for sample in range(self._format.n)
-        ]
+    def _end_at_once(
+        self,
+        item: OpenLease,
+        row: Row,
+        error: RowError,
+        samples: Iterable[int],
+        finished: Iterable[Completion] = (),
+    ) -> None:
+        """A row that cannot run: an error for each of its samples that is not finished."""
+        failed = [self._scored(failed_sample(row, sample, error), row.answer) for sample in samples]
+        for completion in failed:
+            item.add(completion)
+        item.count(self._format.count(in_order([*finished, *failed])))
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    def _on_admit(self, keys: Iterable[Hashable]) -> None:
+        """The engine has given these rows a slot, and is about to run them."""
+        self._in_slot |= cast(set[_RowKey], set(keys))
+        self._tell_flight()
+
+    def _tell_flight(self, building: Iterable[tuple[int, int]] = ()) -> None:
+        if self._flight is not None:
+            rows = {(self._rows[key].owner.lease.shard.number, key[1]) for key in self._in_slot}
+            self._flight.set(rows.union(building))
+            self._flight_is_late = False
 
     def _step(self) -> None:
         """One step of the engine, and what it brought."""
+        if self._flight_is_late:
+            self._tell_flight()
         started = self._clock()
         outputs = self._engine.step()
         self._recorder.observe(STEP_SECONDS, self._clock() - started)
@@ -409,16 +380,26 @@ class Pipeline:
         open_row = self._rows.get(cast(_RowKey, output.key))
         if open_row is None:
             return  # its lease was given up or its row timed out at this very step
-        open_row.missing.discard(output.sample)
+        if output.error is not None and output.error.kind is ErrorKind.ENGINE:
+            num_retries = open_row.num_retries.get(output.sample, 0)
+            if num_retries < self._job.errors.max_retries:
+                open_row.num_retries[output.sample] = num_retries + 1
+                open_row.owner.forget(open_row.row.ordinal, output.sample)
+                # Without what it took over: that may be what is wrong with it.
+                self._engine.add(replace(open_row.missing[output.sample], generated=None))
+                return
+        del open_row.missing[output.sample]
+        if not open_row.missing:
+            self._leave_slot(open_row)
         queued_s = output.timings.queued_s
         if open_row.queued_s is None or queued_s < open_row.queued_s:
             open_row.queued_s = queued_s
         open_row.prefix_tokens[output.sample] = output.prefix_tokens
-        completion = _completion(open_row.row, output)
+        completion = completion_of(open_row.row, output)
         if self._format.traces and output.error is None:
             completion = replace(completion, generated=output.generated)
         if self._format.tool_calls:
-            completion = _with_calls(completion)
+            completion = with_calls(completion)
         if self._judge is None or self._judge.is_quick or completion.completion is None:
             self._record(open_row, completion)
             return
@@ -433,8 +414,7 @@ class Pipeline:
         ready, _ = wait(self._scoring, timeout=timeout_s, return_when=FIRST_COMPLETED)
         for future in [item for item in self._scoring if item in ready]:
             open_row, completion = self._scoring.pop(future)
-            key = (open_row.owner.lease.attempt, open_row.row.ordinal)
-            if self._rows.get(key) is not open_row:
+            if self._rows.get(open_row.key) is not open_row:
                 continue  # its lease was given up
             open_row.num_scoring -= 1
             self._record(open_row, replace(completion, verdict=future.result()))
@@ -445,24 +425,11 @@ class Pipeline:
             return completion
         return replace(completion, verdict=self._judge.judge(completion.completion, answer))
 
-    def _scores(self, samples: list[Completion]) -> Scores | None:
-        return None if self._judge is None else row_scores(samples)
-
-    def _record(self, open_row: _OpenRow, completion: Completion) -> None:
+    def _record(self, open_row: OpenRow, completion: Completion) -> None:
         owner = open_row.owner
         completion = self._scored(completion, open_row.row.answer)
-        owner.writer.add(completion)
+        owner.add(completion)
         open_row.finished.append(completion)
-        owner.counts += Counts(
-            prompt_tokens=completion.prompt_tokens,
-            reasoning_tokens=completion.reasoning_tokens,
-            completion_tokens=completion.completion_tokens,
-            thinking_budget_hits=int(completion.thinking_budget_hit),
-            malformed_tool_calls=int(
-                self._format.tool_calls
-                and is_malformed(completion.completion, completion.tool_calls)
-            ),
-        )
         prefix_tokens = open_row.prefix_tokens.get(completion.sample, 0)
         self._recorder.add(TOKENS, completion.prompt_tokens - prefix_tokens, kind="prompt")
         self._recorder.add(TOKENS, prefix_tokens, kind="prefix_cached")
@@ -470,20 +437,21 @@ class Pipeline:
         self._recorder.add(TOKENS, completion.completion_tokens, kind="completion")
         self._recorder.add(BUDGET_HITS, int(completion.thinking_budget_hit))
         if open_row.is_done:
-            samples = sorted(open_row.finished, key=lambda item: item.sample)
-            failed = any(item.error is not None for item in samples)
-            owner.counts += Counts(rows=1, failed_rows=int(failed), scores=self._scores(samples))
-            self._rows.pop((owner.lease.attempt, open_row.row.ordinal), None)
+            owner.count(self._format.count(in_order(open_row.finished)))
+            self._forget(open_row)
             seconds = self._clock() - open_row.added_at - (open_row.queued_s or 0.0)
             self._recorder.observe(ROW_SECONDS, max(0.0, seconds))
 
-    def _gauge(self) -> None:
-        stats = self._engine.stats()
-        self._recorder.set(ROWS_IN_FLIGHT, len(self._rows))
-        self._recorder.set(SLOTS_USED, stats.slots_used)
-        self._recorder.set(SLOTS_TOTAL, stats.slots_total)
-        self._recorder.set(KV_PAGES_USED, stats.blocks_used)
-        self._recorder.set(KV_PAGES_TOTAL, stats.blocks_total)
+    def _forget(self, open_row: OpenRow) -> None:
+        """The row is not in the engine any more."""
+        open_row.owner.num_open -= 1
+        del self._rows[open_row.key]
+        self._leave_slot(open_row)
+
+    def _leave_slot(self, open_row: OpenRow) -> None:
+        if open_row.key in self._in_slot:
+            self._in_slot.discard(open_row.key)
+            self._flight_is_late = True
 
     def _expire(self) -> None:
         """Rows that took too long become error rows; samples they already have are kept.
@@ -494,107 +462,193 @@ class Pipeline:
         if limit is None:
             return
         now = self._clock()
-        late: list[tuple[_RowKey, _OpenRow]] = []
+        late: list[OpenRow] = []
         for key, open_row in self._rows.items():
             if open_row.started_at is None:
                 open_row.started_at = now if self._engine.is_running(key) else None
             elif open_row.missing and now - open_row.started_at > limit:
-                late.append((key, open_row))
-        for key, open_row in late:
-            self._engine.abort(key)
+                late.append(open_row)
+        for open_row in late:
+            self._engine.abort(open_row.key)
             error = RowError(ErrorKind.TIMEOUT, f"not finished within {limit:g} s")
             for sample in sorted(open_row.missing):
-                open_row.missing.discard(sample)
-                self._record(open_row, _failed(open_row.row, sample, error))
+                del open_row.missing[sample]
+                self._record(open_row, failed_sample(open_row.row, sample, error))
 
-    def _give_up(self, item: _OpenLease, error: ShardError) -> FailedLease:
+    # -- the ends of leases --------------------------------------------------------------------
+
+    def _give_up(self, item: OpenLease, error: ShardError) -> FailedLease:
         """Drop a lease whose shard cannot be read, with all its rows."""
-        for key in [key for key, open_row in self._rows.items() if open_row.owner is item]:
-            self._engine.abort(key)
-            del self._rows[key]
-        self._leases.remove(item)
-        item.close()
+        self._drop(item)
         hint = f" ({error.hint})" if error.hint else ""
         return FailedLease(item.lease, error.message + hint)
 
+    def _drop(self, item: OpenLease) -> None:
+        """Give up a lease with all its rows; what they have sampled is lost."""
+        self._discarded_tokens += item.unsaved_tokens + self._abort(item)
+        self._leases.remove(item)
+        self._writers.pop(item.lease.attempt, None)
+        item.close()
+
+    def _abort(self, item: OpenLease) -> int:
+        """Take the lease's rows out of the engine; how many sampled tokens were in it."""
+        num_tokens = 0
+        for key in [key for key, open_row in self._rows.items() if open_row.owner is item]:
+            num_tokens += self._engine.abort(key)
+            self._forget(self._rows[key])
+        return num_tokens
+
+    def _running(self, item: OpenLease) -> list[RunningSample]:
+        """What the engine is at for a lease."""
+        attempt = item.lease.attempt
+        return [
+            sample
+            for sample in self._engine.running()
+            if cast(_RowKey, sample.key)[0] == attempt and sample.key in self._rows
+        ]
+
+    def _start_flushes(self) -> None:
+        if self._journals is None:
+            return
+        now = self._clock()
+        for item in self._leases:
+            if item.is_due(now, self._job.checkpoint.interval_s):
+                self._start_flush(item, now)
+
+    def _start_flush(self, item: OpenLease, now: float) -> None:
+        journal = self._writers[item.lease.attempt]
+        item.start_flush(journal, self._running(item), self._publisher, now)
+
     def _start_publishing(self) -> None:
         for item in self._leases:
-            if item.at_end and item.publishing is None and item.writer.is_complete:
+            if item.lease.whole and item.publishing is None and item.has_all_rows:
                 item.publishing = self._publisher.submit(self._finish_part, item)
 
-    def _finish_part(self, item: _OpenLease) -> Part:
+    def _finish_part(self, item: OpenLease) -> Part:
         """Close, verify and publish a part; runs beside the engine."""
-        return self._publish(item.writer.finish(), item.lease)
+        return self._publish(item.finish_part(), item.lease)
 
-    def _published(
+    def _collect(
+        self, timeout_s: float, done: list[FinishedLease], failed: list[FailedLease]
+    ) -> None:
+        """Take note of what storage has done, or wait so long for it to do something; ``done`` and
+        ``failed`` get the leases that ended."""
+        waiting: list[Future[Any]] = []
+        for item in self._leases:
+            waiting += [f for f in (item.publishing, item.flushing) if f is not None]
+            if not item.opening.done():
+                waiting.append(item.opening)
+        if waiting:
+            wait(waiting, timeout=timeout_s, return_when=FIRST_COMPLETED)
+        for item in list(self._leases):
+            if item.flushing is not None and item.flushing.done():
+                self._end_flush(item)
+            if item.publishing is not None and item.publishing.done():
+                self._end_publishing(item, done, failed)
+            elif not item.lease.whole and item.is_safe:
+                state = item.state
+                self._end(item, FinishedLease(item.lease, None, state.counts, state.fresh), done)
+
+    def _end_flush(self, item: OpenLease) -> None:
+        started_at = item.end_flush()
+        if started_at is not None:
+            self._recorder.observe(CHECKPOINT_SECONDS, max(0.0, self._clock() - started_at))
+
+    def _end_publishing(
+        self, item: OpenLease, done: list[FinishedLease], failed: list[FailedLease]
+    ) -> None:
+        """Its part is in place, or something else stands where it belongs."""
+        assert item.publishing is not None
+        try:
+            part = item.publishing.result()
+        except ShardError as error:
+            failed.append(self._give_up(item, error))
+        else:
+            self._end(item, FinishedLease(item.lease, part, part.counts, item.state.fresh), done)
+
+    def _end(self, item: OpenLease, finished: FinishedLease, done: list[FinishedLease]) -> None:
+        done.append(finished)
+        self._leases.remove(item)
+        self._writers.pop(item.lease.attempt, None)
+        item.close()
+
+    def _give_back(
+        self, timeout_s: float, done: list[FinishedLease], failed: list[FailedLease]
+    ) -> list[ReturnedLease]:
+        """Publish what is complete, journal what is not, for so long at most, and end all leases.
+
+        What the journal does not take in time is generated again, nothing worse.
+        """
+        until = self._clock() + timeout_s
+        if self._scoring:
+            self._take_verdicts(min(_SCORES_S, timeout_s))
+        self._start_publishing()
+        for item in self._leases:
+            if item.publishing is None and self._journals is not None:
+                if item.flushing is not None:
+                    wait([item.flushing], timeout=max(0.0, until - self._clock()))
+                    if not item.flushing.done():
+                        continue
+                    self._end_flush(item)
+                self._start_flush(item, self._clock())
+        self._collect(0.0, done, failed)
+        while self._clock() < until and any(
+            item.publishing is not None or item.flushing is not None for item in self._leases
+        ):
+            self._collect(max(0.0, until - self._clock()), done, failed)
+        returned: list[ReturnedLease] = []
+        for item in list(self._leases):
+            state = item.state
+            returned.append(ReturnedLease(item.lease.attempt, state.saved))
+            self._discarded_tokens += item.unsaved_tokens
+            if item.flushing is not None:
+                self._discarded_tokens += self._abort(item)
+            else:
+                self._abort(item)
+            self._leases.remove(item)
+            item.close()
+        self._tell_flight()
+        return returned
+
+    # -- reports -------------------------------------------------------------------------------
+
+    def _report(
         self,
-        timeout_s: float,
         done: list[FinishedLease],
         failed: list[FailedLease],
-        until: str = FIRST_COMPLETED,
-    ) -> None:
-        """Move the leases whose publishing ended to ``done``, or to ``failed`` when something
-        else stands where the part belongs; waits so long for one to end."""
-        waiting = {item.publishing: item for item in self._leases if item.publishing is not None}
-        ready, _ = wait(waiting, timeout=timeout_s, return_when=until)
-        for future in ready:
-            item = waiting[future]
-            try:
-                done.append(FinishedLease(item.lease, future.result()))
-            except ShardError as error:
-                failed.append(self._give_up(item, error))
-            else:
-                self._leases.remove(item)
-                item.close()
+        returned: list[ReturnedLease],
+    ) -> WorkReport:
+        self._gauge()
+        stats, before = self._engine.stats(), self._before
+        return WorkReport(
+            done=tuple(done),
+            failed=tuple(failed),
+            returned=tuple(returned),
+            running=tuple(item.state for item in self._leases),
+            num_wanted=self._num_wanted(),
+            idle=not self._leases,
+            sampled_tokens=stats.sampled_tokens - before.sampled_tokens,
+            prompt_tokens=stats.prompt_tokens - before.prompt_tokens,
+            prefix_tokens=stats.prefix_tokens - before.prefix_tokens,
+            discarded_tokens=self._discarded_tokens,
+            unsaved_tokens=self._num_unsaved_tokens(),
+            draining=self.draining,
+            metrics=self._recorder.take(),
+        )
 
+    def _num_unsaved_tokens(self) -> int:
+        """Sampled tokens that would be lost with the worker now."""
+        count = sum(item.unsaved_tokens for item in self._leases)
+        for sample in self._engine.running():
+            open_row = self._rows.get(cast(_RowKey, sample.key))
+            if open_row is not None:
+                count += max(0, sample.num_sampled - open_row.owner.num_saved(sample))
+        return count
 
-def row_seed(job_seed: int, shard_path: str, row_index: int) -> int:
-    """The seed of a row: 63 bits that depend on the job's seed, the file and the row alone."""
-    text = f"{job_seed}\0{row_index}\0{shard_path}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def _completion(row: Row, output: Output) -> Completion:
-    if output.error is not None:
-        return _failed(row, output.sample, output.error, output.prompt_tokens)
-    return Completion(
-        ordinal=row.ordinal,
-        sample=output.sample,
-        id=row.id,
-        completion=output.text,
-        reasoning=output.reasoning,
-        finish_reason=output.finish_reason,
-        prompt_tokens=output.prompt_tokens,
-        reasoning_tokens=output.num_reasoning_tokens,
-        completion_tokens=output.num_completion_tokens,
-        thinking_budget_hit=output.thinking_budget_hit,
-        logprobs=output.logprobs,
-    )
-
-
-def _with_calls(completion: Completion) -> Completion:
-    """The completion with its tool calls taken out of the text, where it has any."""
-    if completion.completion is None:
-        return completion
-    reply = parse_calls(completion.completion)
-    if reply.calls is None:
-        return completion
-    return replace(
-        completion,
-        completion=reply.text,
-        tool_calls=reply.calls,
-        finish_reason=FinishReason.TOOL_CALLS,
-    )
-
-
-def _failed(row: Row, sample: int, error: RowError, prompt_tokens: int = 0) -> Completion:
-    return Completion(
-        ordinal=row.ordinal,
-        sample=sample,
-        id=row.id,
-        completion=None,
-        reasoning=None,
-        finish_reason=FinishReason.ERROR,
-        prompt_tokens=prompt_tokens,
-        error=str(error),
-    )
+    def _gauge(self) -> None:
+        stats = self._engine.stats()
+        self._recorder.set(ROWS_IN_FLIGHT, len(self._rows))
+        self._recorder.set(SLOTS_USED, stats.slots_used)
+        self._recorder.set(SLOTS_TOTAL, stats.slots_total)
+        self._recorder.set(KV_PAGES_USED, stats.blocks_used)
+        self._recorder.set(KV_PAGES_TOTAL, stats.blocks_total)

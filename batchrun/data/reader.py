@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from batchrun.data.schema import InputSchema
 from batchrun.data.types import as_bytes, convert, decode, is_valid, with_valid_text
 from batchrun.errors import BatchrunError, InputError, ShardError
 from batchrun.records import ErrorKind, Row, RowError, Shard
+from batchrun.rows import Rows
 
 _MAX_BATCH_ROWS = 256
 _MAX_BATCH_BYTES = 16 << 20
@@ -25,14 +26,17 @@ _MAX_BATCH_BYTES = 16 << 20
 _MAX_PRE_BUFFER_BYTES = 64 << 20
 _BLOCK_BYTES = 4 << 20
 
+_Cut = tuple[int, pa.RecordBatch]  # the ordinal of its first row, and the batch
+
 
 class ShardReader:
     """An iterator over the rows of one shard, with its carried columns kept for the writer.
 
-    Rows come in input order, each exactly once. The input file is pinned: its fingerprint is
-    compared before and after, and object storage is asked for that very version. Raises
-    :class:`~batchrun.errors.ShardError`, naming the file, for one that changed or is
-    damaged, and StorageError when storage fails.
+    Rows come in input order, each exactly once. Where only some ``rows`` are asked for, only they
+    come, row groups without them are not read, and no carried column is kept. The input file is
+    pinned: its fingerprint is compared before and after, and object storage is asked for that very
+    version. Raises :class:`~batchrun.errors.ShardError`, naming the file, for one that changed or
+    is damaged, and StorageError when storage fails.
     """
 
     def __init__(
@@ -40,8 +44,11 @@ class ShardReader:
         shard: Shard,
         schema: InputSchema,
         storage_options: Mapping[str, object] | None = None,
+        rows: Rows | None = None,
     ) -> None:
         self.shard = shard
+        self._keeps_carried = rows is None
+        self._wanted = Rows.all(shard.num_rows) if rows is None else rows
         self._schema = schema
         self._carried: deque[pa.RecordBatch] = deque()
         self._rows: Iterator[Row] = iter(())
@@ -50,9 +57,9 @@ class ShardReader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-reader")
         self._fs, self._location = filesystem(shard.uri, storage_options, Role.INPUT)
         self._source: BinaryIO | None = None
-        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batches: Iterator[_Cut] = iter(())
         # Last: the reading thread sets some of the above.
-        self._next: Future[pa.RecordBatch | None] = self._pool.submit(self._first_batch)
+        self._next: Future[_Cut | None] = self._pool.submit(self._first_batch)
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -107,13 +114,13 @@ class ShardReader:
     def _advance(self) -> None:
         """Take the batch that was read ahead, and read the one after it ahead."""
         try:
-            batch = self._next.result()
-            if batch is None:
+            cut = self._next.result()
+            if cut is None:
                 self._at_end = True
                 self._check_complete()
                 return
             self._next = self._pool.submit(lambda: next(self._batches, None))
-            first = self._num_read
+            first, batch = cut
             self._num_read += batch.num_rows
             self._keep_carried(batch)
         except (ShardError, InputError) as error:
@@ -125,10 +132,10 @@ class ShardReader:
             raise ShardError(f"{self.shard.uri} is damaged ({text})", "replace it") from error
         self._rows = iter(self._read_rows(batch, first))
 
-    def _first_batch(self) -> pa.RecordBatch | None:
+    def _first_batch(self) -> _Cut | None:
         """Open the pinned file and read the first batch; runs on the reading thread."""
         self._check_pin()
-        if self.shard.num_rows == 0:
+        if not self._wanted:
             return None
         source = open_ranged(self._fs, self._location, block_bytes=_BLOCK_BYTES)
         self._source = source
@@ -147,34 +154,43 @@ class ShardReader:
             for group in groups
         )
 
-    def _cut(self, parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-        """Batches of exactly the shard's rows, in the types of the run."""
+    def _cut(self, parquet: pq.ParquetFile) -> Iterator[_Cut]:
+        """Batches of exactly the wanted rows in the types of the run, each with the ordinal of its
+        first row."""
         metadata = parquet.metadata
         groups = self.shard.row_groups
         before = sum(metadata.row_group(number).num_rows for number in range(groups[0]))
-        skip = self.shard.first_row - before
-        left = self.shard.num_rows
-        num_bytes = sum(metadata.row_group(number).total_byte_size for number in groups)
-        num_rows = sum(metadata.row_group(number).num_rows for number in groups)
-        row_bytes = max(1, num_bytes // max(1, num_rows))
+        begin = before - self.shard.first_row  # as an ordinal, so negative where rows are skipped
+        wanted = self._wanted.ranges
+        read: list[int] = []
+        places: list[tuple[int, int]] = []  # of the groups that are read: first ordinal, rows
+        for number in groups:
+            num_rows = metadata.row_group(number).num_rows
+            if any(first < begin + num_rows and end > begin for first, end in wanted):
+                read.append(number)
+                places.append((begin, num_rows))
+            begin += num_rows
+        num_bytes = sum(metadata.row_group(number).total_byte_size for number in read)
+        row_bytes = max(1, num_bytes // max(1, sum(num_rows for _, num_rows in places)))
+        left = len(self._wanted)
+        ordinals = _Ordinals(places)
         for batch in parquet.iter_batches(
             batch_size=max(1, min(_MAX_BATCH_ROWS, _MAX_BATCH_BYTES // row_bytes)),
-            row_groups=list(groups),
+            row_groups=read,
             columns=list(self._schema.columns.all),
             use_threads=False,
         ):
-            dropped = min(skip, batch.num_rows)
-            skip -= dropped
-            kept = batch.slice(dropped, left)
-            left -= kept.num_rows
-            if kept.num_rows:
-                yield kept
-            if left == 0:
+            for first, piece in ordinals.split(batch):
+                here = Rows.of_ranges([(max(0, first), first + piece.num_rows)]) & self._wanted
+                for start, end in here.ranges:
+                    yield start, piece.slice(start - first, end - start)
+                left -= len(here)
+            if left <= 0:
                 return
 
     def _keep_carried(self, batch: pa.RecordBatch) -> None:
         schema = self._schema.carried
-        if len(schema):
+        if len(schema) and self._keeps_carried:
             columns = [
                 convert(with_valid_text(batch.column(field.name)), field.type) for field in schema
             ]
@@ -221,13 +237,33 @@ class ShardReader:
             raise ShardError(f"{self.shard.uri} changed after the run was planned", _CHANGED_HINT)
 
     def _check_complete(self) -> None:
-        if self._num_read != self.shard.num_rows:
+        if self._num_read != len(self._wanted):
             raise ShardError(
                 f"{self.shard.uri} gave {self._num_read} rows where its footer says "
-                f"{self.shard.num_rows}",
+                f"{len(self._wanted)}",
                 "write the file again",
             )
         self._check_pin()
+
+
+class _Ordinals:
+    """Tells the ordinals of batches that come from row groups with gaps between them."""
+
+    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
+        """``places`` are the first ordinal and the number of rows of each group that is read."""
+        self._places = deque(places)
+
+    def split(self, batch: pa.RecordBatch) -> Iterator[_Cut]:
+        """The next batch in pieces, each of rows that follow one another."""
+        start = 0
+        while start < batch.num_rows and self._places:
+            first, left = self._places.popleft()
+            taken = min(left, batch.num_rows - start)
+            if taken:
+                yield first, batch.slice(start, taken)
+            start += taken
+            if taken < left:
+                self._places.appendleft((first + taken, left - taken))
 
 
 _CHANGED_HINT = "input files must not change while a run reads them; submit again when they rest"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from batchrun.model.checkpoint import expected_tensors
 from batchrun.model.config import ModelConfig, load_config
 from batchrun.model.hybrid import NemotronH
 from batchrun.model.weights import load_model
-from batchrun.records import ErrorKind, FinishReason, RowError
+from batchrun.records import ErrorKind, FinishReason, Generated, RowError
+
+_log = logging.getLogger(__name__)
 
 _SMALL_BYTES = 64 << 20
 """Weights of a model that one thread runs best."""
@@ -65,6 +68,23 @@ class Progress:
 
     num_sampled: int
     max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSample:
+    """A sample that has its slot: how many tokens are sampled, and how many of them were not here
+    but came with its request."""
+
+    key: Hashable
+    sample: int
+    num_sampled: int
+    num_replayed: int
+    _transcript: Transcript
+
+    def after(self, start: int) -> Generated:
+        """What was sampled, from its first token (for ``start`` 0) or a later one on; to be asked
+        for before the next step."""
+        return self._transcript.sampled(start)
 
 
 class Engine:
@@ -128,6 +148,8 @@ class Engine:
             patience=0 if options.deterministic else _PATIENCE * plan.max_sequences,
             prefixes=prefixes,
         )
+        self.on_admit: Callable[[Iterable[Hashable]], None] | None = None
+        """Called with the keys of sequences that got their slot, before the model sees them."""
         self._sequences: dict[Hashable, dict[int, Sequence]] = {}
         self._ready: list[Output] = []
         self._steps = 0
@@ -275,6 +297,7 @@ class Engine:
             transcript,
             num_reserved=num_prompt + max_tokens + num_forced,
             added_at=time.monotonic(),
+            replays_at_once=not self.deterministic,
         )
         if transcript.error is not None:
             error = RowError(ErrorKind.ENGINE, f"response_format: {transcript.error}")
@@ -313,6 +336,18 @@ class Engine:
         """Whether a sample of a key has its slot."""
         return any(s.slot is not None for s in self._sequences.get(key, {}).values())
 
+    def running(self) -> Iterator[RunningSample]:
+        """The samples that have a slot, and what is sampled of them."""
+        for sequence in self._scheduler.running:
+            request, transcript = sequence.request, sequence.transcript
+            yield RunningSample(
+                request.key,
+                request.sample,
+                transcript.num_sampled,
+                sequence.num_replayed,
+                transcript,
+            )
+
     def forget_prefixes(self) -> None:
         """Drop the states of shared beginnings, those being made too. What runs goes on."""
         self._scheduler.forget_prefixes()
@@ -328,9 +363,15 @@ class Engine:
             sequence.admitted_at = started
             self._prompt_tokens += len(sequence.request.prompt_token_ids) - sequence.num_cached
             self._prefix_tokens += sequence.num_cached
-        next_tokens = self.runner.run(step)
+        if step.admitted and self.on_admit is not None:
+            self.on_admit([sequence.request.key for sequence in step.admitted])
+        try:
+            next_tokens = self.runner.run(step)
+        except torch.OutOfMemoryError as full:
+            return outputs + self._shed(full)
         now = time.monotonic()
         ended: set[Sequence] = set()
+        num_sampled = 0
         for token in next_tokens:
             sequence = token.sequence
             if sequence.first_token_at is None:
@@ -342,10 +383,15 @@ class Engine:
                 error = RowError(ErrorKind.ENGINE, "the model's logits are not finite numbers")
                 outputs.append(_error_output(sequence.request, error))
                 continue
-            if token.is_stuck:
+            known = sequence.next_known()
+            if known is not None:
+                sequence.append(*known)
+                sequence.num_replayed += 1
+            elif token.is_stuck:
                 sequence.transcript.end()
             else:
                 sequence.append(token.token_id, token.logprob)
+                num_sampled += 1
             if sequence.transcript.error is not None:
                 ended.add(sequence)
                 error = RowError(ErrorKind.ENGINE, f"response_format: {sequence.transcript.error}")
@@ -354,7 +400,7 @@ class Engine:
                 ended.add(sequence)
                 self._forecast.observe(sequence)
                 outputs.append(_output(sequence, now))
-        self._sampled_tokens += sum(not token.is_stuck for token in next_tokens)
+        self._sampled_tokens += num_sampled
         if ended:
             self._finish(ended)
         self._steps += 1
@@ -404,6 +450,34 @@ class Engine:
                 return RowError(ErrorKind.ENGINE, message)
         return self.admission_error(len(prompt), request.params, thinking=request.thinking)
 
+    def _shed(self, error: torch.OutOfMemoryError) -> list[Output]:
+        """The device has no memory for a step: run half as many sequences from now on.
+
+        What the step left in the states is neither before nor after it, so all that ran begin
+        again, with the tokens that they have. One that ran alone is given up.
+        """
+        running = self._scheduler.running
+        self._scheduler.forget_prefixes()
+        self._scheduler.finish(running)
+        self._scheduler.limit(max(1, len(running) // 2))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _log.warning(
+            "out of memory in a step of %d sequences; at most %d from now on",
+            len(running),
+            max(1, len(running) // 2),
+        )
+        if len(running) == 1:
+            [sequence] = running
+            self._forget(sequence.request)
+            text = " ".join(str(error).split())[:200]
+            reason = RowError(ErrorKind.ENGINE, f"out of memory with this row alone: {text}")
+            return [_error_output(sequence.request, reason)]
+        for sequence in running:
+            self._forget(sequence.request)
+            self.add(replace(sequence.request, generated=sequence.known))
+        return []
+
     def _transcript(self, request: Request, max_tokens: int) -> Transcript:
         params = request.params
         thinking = None
@@ -436,10 +510,13 @@ class Engine:
         for sequence in ended:
             request = sequence.request
             self._forced_tokens += sequence.transcript.num_forced
-            samples = self._sequences[request.key]
-            del samples[request.sample]
-            if not samples:
-                del self._sequences[request.key]
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        samples = self._sequences[request.key]
+        del samples[request.sample]
+        if not samples:
+            del self._sequences[request.key]
 
 
 def _output(sequence: Sequence, now: float) -> Output:

@@ -22,7 +22,9 @@ class Request:
     before, with any thinking budget and any ``max_tokens``, and up to any token. It is taken over
     as far as this request would sample the same, without running a step for it: up to where the
     one was made to close its reasoning and the other was not, or to where this one ends. Then the
-    generation goes on from there, with the random numbers of that position.
+    generation goes on from there, with the random numbers of that position. A deterministic engine
+    runs the steps for it all the same, as a token that is read back is rounded otherwise than one
+    that was sampled.
     """
 
     key: Hashable

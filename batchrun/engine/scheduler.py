@@ -92,6 +92,16 @@ class Scheduler:
         self._longest: list[tuple[int, int]] = []  # heap of (-rank, arrival); some have gone
         self._ahead: list[int] = []  # arrivals that passed the one that waits longest, ascending
         self._running: list[Sequence] = []
+        self._most_running = slots.num_total
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences with a slot, in the order in which they got it."""
+        return tuple(self._running)
+
+    def limit(self, num_running: int) -> None:
+        """Admit while fewer than so many run, from now on."""
+        self._most_running = num_running
 
     @property
     def num_waiting(self) -> int:
@@ -205,6 +215,8 @@ class Scheduler:
         """The waiting sequence to be admitted now, if any fits. ``passed`` takes the entries of
         those that have to wait on, for all calls of one step."""
         if not self._waiting or not self._slots.num_free:
+            return None
+        if len(self._running) >= self._most_running:
             return None
         oldest = next(iter(self._waiting.values()))
         del self._ahead[: bisect_left(self._ahead, oldest.arrival)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from batchrun.engine.request import Request
 from batchrun.engine.snapshot import Mark, Snapshot
 from batchrun.engine.transcript import Transcript
+from batchrun.records import Generated
 
 
 class Sequence:
@@ -19,6 +20,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_known",
         "added_at",
         "admitted_at",
         "arrival",
@@ -38,14 +40,27 @@ class Sequence:
     )
 
     def __init__(
-        self, request: Request, transcript: Transcript, *, num_reserved: int, added_at: float
+        self,
+        request: Request,
+        transcript: Transcript,
+        *,
+        num_reserved: int,
+        added_at: float,
+        replays_at_once: bool = True,
     ) -> None:
-        """``num_reserved`` is the most tokens its state can come to hold; times are monotonic."""
+        """``num_reserved`` is the most tokens its state can come to hold; times are monotonic.
+
+        What was generated before is read like a prompt where it ``replays_at_once``; else it is
+        given token by token in place of what is sampled (:meth:`next_known`), so that every step
+        has the shape that it had the first time.
+        """
         self.request = request
         self.transcript = transcript
         self.num_reserved = num_reserved
         self.tokens = [*request.prompt_token_ids, *transcript.begin()]
-        self._replay()
+        self._known = request.generated
+        if replays_at_once:
+            self._replay()
         self.num_given = len(self.tokens)
         self.num_replayed = transcript.num_sampled
         self.num_context = 0
@@ -87,17 +102,26 @@ class Sequence:
         self.tokens.append(token_id)
         self.tokens += self.transcript.push(token_id, logprob)
 
+    @property
+    def known(self) -> Generated | None:
+        """What is known of its output: what is sampled, or what it still has to replay."""
+        return self.transcript.sampled() if self._known is None else self.request.generated
+
+    def next_known(self) -> tuple[int, float | None] | None:
+        """The token that was sampled here before, and its log-probability; None from where on
+        nothing is known, or where this sequence would sample another one."""
+        known, transcript = self._known, self.transcript
+        if known is None:
+            return None
+        count, closed_after = transcript.num_sampled, known.closed_after
+        was_closed = closed_after is not None and closed_after <= count
+        is_over = transcript.finish_reason is not None or count >= len(known.token_ids)
+        if is_over or was_closed != transcript.budget_hit:
+            self._known = None
+            return None
+        return known.token_ids[count], None if known.logprobs is None else known.logprobs[count]
+
     def _replay(self) -> None:
         """Take over what was generated before, as far as it is what would be sampled here."""
-        generated, transcript = self.request.generated, self.transcript
-        if generated is None:
-            return
-        logprobs = generated.logprobs or (None,) * len(generated.token_ids)
-        closed_after = generated.closed_after
-        for count, (token_id, logprob) in enumerate(
-            zip(generated.token_ids, logprobs, strict=True)
-        ):
-            was_closed = closed_after is not None and closed_after <= count
-            if transcript.finish_reason is not None or was_closed != transcript.budget_hit:
-                return
-            self.append(token_id, logprob)
+        while (token := self.next_known()) is not None:
+            self.append(*token)

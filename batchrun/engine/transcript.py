@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from batchrun.engine.constraints import Constraint
 from batchrun.engine.thinking import Thinking
-from batchrun.records import FinishReason
+from batchrun.records import FinishReason, Generated
 
 
 class Transcript:
@@ -96,6 +96,24 @@ class Transcript:
     def num_completion_tokens(self) -> int:
         """Sampled tokens after the reasoning, the stopping one included."""
         return self.num_sampled - self.num_reasoning_tokens
+
+    def sampled(self, start: int = 0) -> Generated:
+        """What was sampled, without the first ``start`` tokens of it and those written by force;
+        ``closed_after`` counts from the first token of all."""
+        ids, logprobs = self.token_ids, self.logprobs
+        if self.budget_hit:
+            closed, num_forced = self.num_reasoning_tokens, self.num_forced
+            rest = max(start, closed) + num_forced
+            ids = ids[start:closed] + ids[rest:]
+            logprobs = logprobs[start:closed] + logprobs[rest:]
+        else:
+            ids, logprobs = ids[start:], logprobs[start:]
+        values = [value for value in logprobs if value is not None]
+        return Generated(
+            token_ids=tuple(ids),
+            logprobs=tuple(values) if len(values) == len(ids) else None,
+            closed_after=self.num_reasoning_tokens if self.budget_hit else None,
+        )
 
     def begin(self) -> tuple[int, ...]:
         """Before the first token: what to force after the prompt."""

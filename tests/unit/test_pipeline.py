@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.completions import completion_of
 from batchrun.data.inputs import list_input
 from batchrun.data.schema import InputSchema
 from batchrun.data.shards import plan_shards
@@ -23,9 +24,12 @@ from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource
 from batchrun.judge import Judge
 from batchrun.llm import find_checkpoint
-from batchrun.pipeline import Pipeline, WorkReport, _completion, row_seed
+from batchrun.pipeline import Pipeline
 from batchrun.prompts import input_columns
 from batchrun.records import Counts, Lease, Part, Shard
+from batchrun.reports import WorkReport
+from batchrun.rowrequests import row_seed
+from batchrun.rows import Rows
 from batchrun.scores import Scores
 
 
@@ -106,7 +110,8 @@ class Setup:
 
     def lease(self, number: int) -> Lease:
         """The lease of a shard."""
-        return Lease(self.shards[number], 1, f"attempt-{number}")
+        shard = self.shards[number]
+        return Lease(shard, 1, f"attempt-{number}", Rows.all(shard.num_rows))
 
     def run(self, *numbers: int) -> list[WorkReport]:
         """Work the shards off; every report on the way."""
@@ -193,14 +198,18 @@ def test_another_lease_is_wanted_before_the_engine_runs_dry(setup: MakeSetup) ->
     assert wanted > 0
 
 
-def test_draining_takes_no_more(setup: MakeSetup) -> None:
-    """A pipeline that drains finishes what it has and wants nothing."""
-    made = setup([sums(5)])
+def test_draining_gives_back(setup: MakeSetup) -> None:
+    """A pipeline that drains gives back what it has, wants nothing and is idle."""
+    made = setup([sums(5), sums(40)])
+    made.pipeline.start(made.lease(0))
+    made.pipeline.start(made.lease(1))
+    made.pipeline.work(0.0)
     made.pipeline.draining = True
-    reports = made.run()
-    assert [report.num_wanted for report in reports] == [0] * len(reports)
-    assert reports[-1].draining
-    assert made.published[0].num_rows == 5
+    report = made.pipeline.work(5.0)
+    assert [item.attempt for item in report.returned] == ["attempt-0", "attempt-1"]
+    assert (report.num_wanted, report.draining, report.idle) == (0, True, True)
+    assert made.published == {}
+    made.pipeline.close()
 
 
 def test_bad_rows_are_error_rows(setup: MakeSetup) -> None:
@@ -448,9 +457,9 @@ def test_an_endless_answer_holds_up_nobody(
     made = setup([["What is 2+3?", "What is 4+4?"]], {"evaluate": evaluate},
                  {"a": pa.array(["5", "8"])})  # fmt: skip
     monkeypatch.setattr(
-        "batchrun.pipeline._completion",
+        "batchrun.pipeline.completion_of",
         lambda row, output: replace(
-            _completion(row, output), completion="1" * 60 + "x" if row.index == 0 else "8"
+            completion_of(row, output), completion="1" * 60 + "x" if row.index == 0 else "8"
         ),
     )
     made.run()
@@ -511,8 +520,8 @@ def test_tool_calls_leave_the_text(setup: MakeSetup, monkeypatch: pytest.MonkeyP
         "8",
     ]
     monkeypatch.setattr(
-        "batchrun.pipeline._completion",
-        lambda row, output: replace(_completion(row, output), completion=said[row.index]),
+        "batchrun.pipeline.completion_of",
+        lambda row, output: replace(completion_of(row, output), completion=said[row.index]),
     )
     job = {
         "generation": {"tools": [{"name": "add"}], "max_tokens": 4},
@@ -546,8 +555,8 @@ def test_without_tools_a_call_is_text(setup: MakeSetup, monkeypatch: pytest.Monk
     """No tools, no column, nothing taken out of the text."""
     said = '<TOOLCALL>[{"name": "add", "arguments": {}}]</TOOLCALL>'
     monkeypatch.setattr(
-        "batchrun.pipeline._completion",
-        lambda row, output: replace(_completion(row, output), completion=said),
+        "batchrun.pipeline.completion_of",
+        lambda row, output: replace(completion_of(row, output), completion=said),
     )
     made = setup([sums(1)])
     made.run()

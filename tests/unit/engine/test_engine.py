@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from batchrun.engine.engine import Engine
+from batchrun.engine.model_runner import NextToken
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request
+from batchrun.engine.scheduler import Step
 from batchrun.errors import CheckpointError
 from batchrun.records import ErrorKind, FinishReason
 from tests.unit.engine.support import TINY, make_engine, run, run_one, write_random
@@ -406,3 +408,70 @@ def favour(engine: Engine, monkeypatch: pytest.MonkeyPatch, choose: Callable[[in
 
     monkeypatch.setattr(engine, "step", step)
     monkeypatch.setattr(engine.runner, "model", favouring)
+
+
+def test_rows_are_announced_before_the_model_sees_them(random_folder: Path) -> None:
+    """Whoever asks is told the keys of those that get a slot, each once, and in time."""
+    engine = make_engine(random_folder, max_sequences=2)
+    announced: list[Hashable] = []
+    engine.on_admit = announced.extend
+    for key in "abc":
+        engine.add(Request(key, (5, 6, 7), SamplingParams(max_tokens=3, ignore_eos=True)))
+    engine.step()
+    assert sorted(map(str, announced)) == ["a", "b"]
+    while engine.num_unfinished:
+        engine.step()
+    assert sorted(map(str, announced)) == ["a", "b", "c"]
+
+
+def limited(engine: Engine, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the device have memory for steps of ``most`` sequences; the sizes of all steps."""
+    sizes: list[int] = []
+    run_step = engine.runner.run
+
+    def run_or_fail(step: Step) -> list[NextToken]:
+        sizes.append(len(step.decodes) + len(step.prefills))
+        if sizes[-1] > most:
+            for pool in (engine.runner.state.ssm, engine.runner.state.conv):
+                pool.fill_(torch.nan)
+            raise torch.OutOfMemoryError("no memory for 1 GiB")
+        return run_step(step)
+
+    monkeypatch.setattr(engine.runner, "run", run_or_fail)
+    return sizes
+
+
+def test_out_of_memory_halves_what_runs(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that the device has no memory for costs no row and no token: fewer run from then on,
+    and what the broken step left in the states is not used."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0)
+    requests = [Request(key, tuple(range(5, 9 + key)), params) for key in range(8)]
+    whole = run(make_engine(random_folder, max_sequences=8), requests)
+    engine = make_engine(random_folder, max_sequences=8)
+    for request in requests[:5]:
+        engine.add(request)
+    for _ in range(4):
+        engine.step()
+    sizes = limited(engine, 2, monkeypatch)
+    outputs = run(engine, requests[5:])
+    assert sizes[:2] == [8, 4] and max(sizes[2:]) == 2
+    assert {key: output.token_ids for key, output in outputs.items()} == {
+        key: output.token_ids for key, output in whole.items()
+    }
+    assert engine.stats().sampled_tokens == 8 * 12
+
+
+def test_a_row_that_runs_out_of_memory_alone_is_an_error_row(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to halve: it is the row's error, and the engine goes on."""
+    engine = make_engine(random_folder, max_sequences=2)
+    limited(engine, 0, monkeypatch)
+    outputs = run(engine, [Request("a", (5, 6), SamplingParams(max_tokens=3))])
+    error = outputs["a", 0].error
+    assert error is not None and error.kind is ErrorKind.ENGINE
+    assert error.message == "out of memory with this row alone: no memory for 1 GiB"
+    monkeypatch.undo()
+    assert run(engine, [Request("b", (5, 6), SamplingParams(max_tokens=3))])["b", 0].error is None

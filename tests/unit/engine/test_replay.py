@@ -140,8 +140,9 @@ def test_only_what_differs_is_sampled(tiny: Engine) -> None:
     assert sampled == sum(o.num_completion_tokens for o in answers if o.thinking_budget_hit) > 0
 
 
-def test_deterministic_runs_cut_at_the_same_place_are_equal(random_folder: Path) -> None:
-    """To the byte, log-probabilities too, with other neighbours: shapes depend on the row."""
+def test_deterministic_runs_are_equal_wherever_they_were_cut(random_folder: Path) -> None:
+    """To the byte, log-probabilities too: a token that is taken over has the step of its own that
+    it had the first time, and nothing is sampled twice."""
     few = make_engine(random_folder, deterministic=True, max_sequences=2, max_batch_tokens=32)
     many = make_engine(random_folder, deterministic=True, max_sequences=9, max_batch_tokens=32)
     requests = list(questions(few, 8))
@@ -151,9 +152,59 @@ def test_deterministic_runs_cut_at_the_same_place_are_equal(random_folder: Path)
         generated = whole[request.key, 0].generated
         half = cut(generated, len(generated.token_ids) // 2)
         known.append(replace(request, generated=half))
-    one, other = run(few, known), run(many, known[::-1])
-    for key, output in one.items():
-        assert (output.token_ids, output.logprobs) == (other[key].token_ids, other[key].logprobs)
+    before = many.stats().sampled_tokens
+    again = run(many, known[::-1])
+    for key, output in whole.items():
+        assert (output.token_ids, output.logprobs) == (again[key].token_ids, again[key].logprobs)
+        assert output.text == again[key].text and output.reasoning == again[key].reasoning
+    sampled = sum(len(output.generated.token_ids) for output in whole.values())
+    taken = sum(len(request.generated.token_ids) for request in known if request.generated)
+    assert 0 < taken and many.stats().sampled_tokens - before == sampled - taken
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_runs_can_be_taken_over_at_any_step(deterministic: bool) -> None:
+    """What an engine says of its running samples, put together from pieces as it says it, is what
+    another one goes on from: with budgets, stop strings, formats and several samples."""
+    one = make_engine(TINY, max_sequences=6, deterministic=deterministic)
+    other = make_engine(TINY, max_sequences=6, deterministic=deterministic)
+    requests = [
+        replace(request, sample=sample, params=replace(request.params, response_format=form))
+        for request, form in zip(
+            questions(one, 3, max_tokens=60, ignore_eos=True, stop=["77"]),
+            [None, {"type": "regex", "pattern": "[0-9]{20,40}"}, None],
+            strict=True,
+        )
+        for sample in range(2)
+    ]
+    whole = run(one, requests)
+    for request in requests:
+        one.add(request)
+    known: dict[tuple[object, int], Generated] = {}
+    ended = set()
+    for step in range(25):
+        ended |= {(output.key, output.sample) for output in one.step()}
+        if step % 4 == 3:
+            for item in one.running():
+                place = item.key, item.sample
+                start = known.get(place, Generated((), ()))
+                tail = item.after(len(start.token_ids))
+                assert start.logprobs is not None and tail.logprobs is not None
+                known[place] = Generated(
+                    start.token_ids + tail.token_ids,
+                    start.logprobs + tail.logprobs,
+                    tail.closed_after,
+                )
+                assert known[place] == item.after(0)
+                assert item.num_sampled == len(known[place].token_ids)
+    for request in requests:
+        one.abort(request.key)
+    assert len(known) == 6 and len(ended) < 3
+    again = run(other, [replace(r, generated=known.get((r.key, r.sample))) for r in requests])
+    for place, output in whole.items():
+        assert (output.token_ids, output.text) == (again[place].token_ids, again[place].text)
+        if deterministic:
+            assert output.logprobs == again[place].logprobs
 
 
 def test_what_cannot_be_taken_over_is_an_error_of_the_row(tiny: Engine) -> None:

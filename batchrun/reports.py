@@ -1,0 +1,87 @@
+"""What a worker says of its work: small plain values, for the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from batchrun.metrics import MetricsDelta
+from batchrun.records import Counts, Lease, Part
+
+
+@dataclass(frozen=True, slots=True)
+class FailedLease:
+    """A lease that ends without a part of this run: its shard cannot be read, or something else
+    stands where the part belongs. Plain text, for the driver."""
+
+    lease: Lease
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunningLease:
+    """What is finished of a lease that goes on.
+
+    ``known`` came from the journal; the rest was generated under this lease: ``saved`` is in the
+    journal by now, ``unsaved`` would be lost with the worker.
+    """
+
+    attempt: str
+    shard: int
+    known: Counts
+    saved: Counts
+    unsaved: Counts
+
+    @property
+    def fresh(self) -> Counts:
+        """What was generated under this lease."""
+        return self.saved + self.unsaved
+
+    @property
+    def counts(self) -> Counts:
+        """Everything that is finished."""
+        return self.known + self.fresh
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLease:
+    """A lease that ended: with its part in place when it is whole, else with its rows in the
+    journal. ``counts`` are those of all its rows, ``fresh`` of those generated under it."""
+
+    lease: Lease
+    part: Part | None
+    counts: Counts
+    fresh: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnedLease:
+    """A lease that was given back unfinished; ``fresh`` was generated and is in the journal."""
+
+    attempt: str
+    fresh: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class WorkReport:
+    """What one call of :meth:`~batchrun.pipeline.Pipeline.work` brought.
+
+    ``num_wanted`` is how many further leases would keep the engine full; ``idle`` says that
+    nothing is left to do. Of the pipeline so far are ``sampled_tokens``, of unfinished rows too,
+    ``prompt_tokens``, those that were computed, ``prefix_tokens``, those of prompts that did not
+    have to be, and ``discarded_tokens``, sampled for nothing. ``unsaved_tokens`` would be lost
+    with the worker now. A ``draining`` pipeline takes no further leases.
+    """
+
+    done: tuple[FinishedLease, ...] = ()
+    failed: tuple[FailedLease, ...] = ()
+    returned: tuple[ReturnedLease, ...] = ()
+    running: tuple[RunningLease, ...] = ()
+    num_wanted: int = 0
+    idle: bool = True
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    prefix_tokens: int = 0
+    discarded_tokens: int = 0
+    unsaved_tokens: int = 0
+    draining: bool = False
+    metrics: MetricsDelta = field(default_factory=MetricsDelta)
