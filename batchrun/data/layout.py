@@ -14,6 +14,7 @@ SUCCESS = "_SUCCESS"
 LOCK = f"{FOLDER}/lock.json"
 PART_NAME = re.compile(r"part-\d{6,}-[0-9a-f]{8}\.parquet")
 PLAN_NAME = re.compile(r"plan-(\d{4,})\.parquet")
+KEPT_NAME = re.compile(r"kept-(\d{4,})\.json")
 RETRY_PLAN_NAME = re.compile(r"plan-(\d{4,})\.json")
 STAGED_NAME = re.compile(r"(\d{6,})-(\d{4,})\.(parquet|json)")
 MANIFEST_NAME = re.compile(r"manifest-(\d{4,})\.json")
@@ -90,7 +91,8 @@ def run_folder(run: str) -> str:
     In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
     ``parts/`` and ``failed/``, one a shard; ``traces/``, one a shard, where the run keeps them;
     ``journal/<shard>/<attempt>-<seq>.zst``, of shards in work; ``strikes/<worker>.json``, one a
-    worker that died; ``retries/``; ``progress.json``; ``manifest-<n>.json``.
+    worker that died; ``retries/``; ``kept-<n>.json``, where parts
+    of an earlier run were kept; ``progress.json``; ``manifest-<n>.json``.
     """
     return f"{FOLDER}/{run}"
 

@@ -38,7 +38,8 @@ _SCHEMA = pa.schema(
 _TYPES_KEY = b"batchrun.input_schema"
 _DROPPED_KEY = b"batchrun.dropped"
 _CHANGED_WAYS = (
-    "put the input back as it was, choose another output, or run `batchrun discard OUTPUT` first"
+    "put the input back as it was, choose another output, run `batchrun discard OUTPUT` first, or "
+    "submit with `--keep-finished` to keep the parts as they are"
 )
 
 
@@ -103,12 +104,18 @@ def read_plan(store: Store, run: str, columns: InputColumns) -> Plan:
 
 
 def change_plan(
-    plan: Plan, files: Sequence[InputFile], rule: PlanRule, parts: Mapping[int, Part]
+    plan: Plan,
+    files: Sequence[InputFile],
+    rule: PlanRule,
+    parts: Mapping[int, Part],
+    *,
+    keep_finished: bool = False,
 ) -> PlanChange:
     """What the input as it is now makes of the plan. Pure.
 
     Raises :class:`~batchrun.errors.InputError` naming every file with a finished shard that
-    changed or vanished. Unfinished shards of such files are dropped; new files are added.
+    changed or vanished; with ``keep_finished`` a file all of whose shards are finished stays as it
+    was. Unfinished shards of other such files are dropped; new files are added.
     """
     by_path: dict[str, list[Shard]] = {}
     for shard in plan.shards.values():
@@ -125,13 +132,17 @@ def change_plan(
             new.append(file)
         elif all(shard.fingerprint == file.fingerprint for shard in planned):
             kept.extend(replace(shard, uri=file.uri) for shard in planned)
+        elif keep_finished and all(shard.number in parts for shard in planned):
+            kept.extend(planned)
         elif any(shard.number in parts for shard in planned):
             wrong.append(f"{file.uri} changed after it was finished")
         else:
             dropped.extend(shard.number for shard in planned)
             new.append(file)
     for path, planned in by_path.items():
-        if any(shard.number in parts for shard in planned):
+        if keep_finished and all(shard.number in parts for shard in planned):
+            kept.extend(planned)
+        elif any(shard.number in parts for shard in planned):
             wrong.append(f"{path} was finished and is no longer in the input")
         else:
             dropped.extend(shard.number for shard in planned)

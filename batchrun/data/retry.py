@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from batchrun.data.border import Role, border
 from batchrun.data.journal import delete_journal
+from batchrun.data.kept import read_kept_parts
 from batchrun.data.layout import (
     RETRY_PLAN_NAME,
     STAGED_NAME,
@@ -81,8 +82,11 @@ def begin_retry(
     """Plan a retry of the rows of which a sample failed with one of ``kinds``, or go on with one.
 
     A retry of the same kinds that was cut off goes on, with what it left in the journal. Nothing
-    is written when no row failed so. Only for the holder of the run lock.
+    is written when no row failed so. Parts that were kept of another job's run stay as they are.
+    Only for the holder of the run lock.
     """
+    kept = read_kept_parts(store, run).parts
+    parts = {number: part for number, part in parts.items() if number not in kept}
     chosen = tuple(sorted(set(kinds)))
     last, staged, recorded = _look(store, run)
     if last:

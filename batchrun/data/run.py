@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 
 from batchrun.data.footers import InputFile
 from batchrun.data.journal import delete_journal
+from batchrun.data.kept import check_columns, keep_parts, newest_run, read_kept_parts
 from batchrun.data.layout import (
-    FOLDER,
     MANIFEST_NAME,
     PART_NAME,
     SUCCESS,
@@ -30,16 +30,20 @@ from batchrun.data.parts import (
     part_metadata,
     part_to_json,
 )
-from batchrun.data.plan import PlanRule, append_plan, change_plan, count_rows, read_plan
+from batchrun.data.plan import PlanChange, PlanRule, append_plan, change_plan, count_rows, read_plan
 from batchrun.data.retry import recover
 from batchrun.data.schema import InputSchema
 from batchrun.data.store import Store
-from batchrun.data.writer import PartFile
-from batchrun.errors import BatchrunError, OutputError, ShardError
+from batchrun.data.writer import PartFile, PartFormat
+from batchrun.errors import BatchrunError, OutputError, OutputHeldError, ShardError
 from batchrun.records import Counts, Lease, Part, Shard
 
 _RECORD_THREADS = 16
 _WAYS_ON = "choose another output, or run `batchrun discard OUTPUT` first"
+_CHANGED_JOB_WAYS = (
+    "choose another output, run `batchrun discard OUTPUT` first, or submit with `--keep-finished`: "
+    "then finished parts stay and the rest runs with the new job"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,10 @@ class RunDirectory:
             int(item.path.rpartition("/")[2].removesuffix(".json"))
             for item in self.store.list(f"{run_folder(self.run)}/parts")
         }
-        found = dict(known or {})
+        numbers = {shard.number for shard in shards}
+        kept = read_kept_parts(self.store, self.run).parts
+        found = {number: part for number, part in kept.items() if number in numbers}
+        found |= known or {}
 
         def load(shard: Shard) -> Part | None:
             if shard.number in recorded:
@@ -130,16 +137,16 @@ class RunDirectory:
         return found
 
     def recorded(self, shards: Sequence[Shard]) -> dict[int, Part]:
-        """The published parts by their commit records alone; only reads."""
+        """The published parts by their commit records alone, kept ones too; only reads."""
+        kept = read_kept_parts(self.store, self.run).parts
         present = {
             int(item.path.rpartition("/")[2].removesuffix(".json"))
             for item in self.store.list(f"{run_folder(self.run)}/parts")
         }
         with ThreadPoolExecutor(_RECORD_THREADS) as pool:
-            found = pool.map(
-                self._read_record, [shard for shard in shards if shard.number in present]
-            )
-            return {part.shard: part for part in found}
+            own = [shard for shard in shards if shard.number in present - kept.keys()]
+            found = {part.shard: part for part in pool.map(self._read_record, own)}
+        return found | {item.number: kept[item.number] for item in shards if item.number in kept}
 
     def mark_failed(self, shard: Shard, error: BatchrunError | str) -> None:
         """Record why a shard could not be run; the next submit tries it again."""
@@ -197,11 +204,15 @@ class RunDirectory:
                 "submit again to run them",
             )
         counts = sum((part.counts for part in parts.values()), Counts())
+        runs = read_kept_parts(self.store, self.run).runs
         manifest = {
             "run_id": self.run,
             "shards": len(shards),
             "counts": asdict(counts),
-            "parts": [asdict(parts[number]) for number in sorted(parts)],
+            "parts": [
+                {**asdict(parts[number]), "run": runs.get(number, self.run)}
+                for number in sorted(parts)
+            ],
             "failed": {str(number): failed[number] for number in sorted(failed)},
         }
         name = self._write_manifest(manifest)
@@ -280,19 +291,22 @@ class OpenedRun:
         return count_rows(self.shards)
 
 
-def check_output(store: Store, semantic: Mapping[str, object]) -> None:
+def check_output(
+    store: Store, semantic: Mapping[str, object], *, keep_finished: bool = False
+) -> None:
     """Raise :class:`~batchrun.errors.OutputError` if the output holds anything but this run.
 
-    Only reads. Says what changed in the job, and the ways on.
+    Only reads. Says what changed in the job, and the ways on. With ``keep_finished`` the run of
+    another job is nothing to object to.
     """
     run = run_id(semantic)
     other = find_run(store)
-    if other is not None and other != run:
+    if other is not None and other != run and not keep_finished:
         changed = _differences(_read_semantic(store, other), semantic)
         raise OutputError(
             f"output: {store.url} holds the run of another job; what changed: "
             + ("; ".join(changed[:12]) or "unknown"),
-            _WAYS_ON,
+            _CHANGED_JOB_WAYS,
         )
     if other is None:
         for item in store.list(recursive=False):
@@ -314,11 +328,8 @@ def success_counts(counts: Counts) -> dict[str, object]:
 
 
 def find_run(store: Store) -> str | None:
-    """The id of the run in this output, or None."""
-    for name in store.folders(FOLDER):
-        if store.info(f"{run_folder(name)}/job.json") is not None:
-            return name
-    return None
+    """The id of the run in this output, the newest where parts of earlier ones were kept."""
+    return newest_run(store)
 
 
 def require_run(store: Store) -> str:
@@ -337,30 +348,38 @@ def open_run(
     resolved_job: Mapping[str, object],
     files: Sequence[InputFile],
     rule: PlanRule,
+    *,
+    keep_finished: PartFormat | None = None,
 ) -> OpenedRun:
     """Begin or resume the run of a job in ``store``; only while its lock is held.
+
+    With ``keep_finished``, which says what the job's parts look like, finished parts stay: those of
+    another job's run, and those of input that changed since. Only the rest is planned.
 
     Raises OutputError when the output holds another job's run or foreign files, InputError when
     a finished file changed or vanished or a new one does not fit. ``_SUCCESS`` goes before
     anything new is planned.
     """
-    check_output(store, semantic)
+    keeps = keep_finished is not None
+    check_output(store, semantic, keep_finished=keeps)
     store.sweep()
     directory = RunDirectory(store, run_id(semantic), n=rule.n)
     token = uuid.uuid4().hex
+    job = {"run_id": directory.run, "semantic": semantic, "job": resolved_job}
+    before = find_run(store)
+    if keep_finished is not None and before not in {None, directory.run}:
+        assert before is not None
+        _take_over(directory, before, files, rule, keep_finished, job)
     recover(store, directory.run)
     # Looked at first: a plan that cannot be made leaves no trace.
     plan = read_plan(store, directory.run, rule.columns)
-    job = {"run_id": directory.run, "semantic": semantic, "job": resolved_job}
     while True:
         shards = tuple(plan.shards.values())
         parts = directory.committed(shards) if shards else {}
-        change = change_plan(plan, files, rule, parts)
+        change = change_plan(plan, files, rule, parts, keep_finished=keeps)
         if plan.num_files and not change.added and not change.dropped:
             break
-        store.put_if_absent(
-            f"{run_folder(directory.run)}/job.json", json.dumps(job, indent=1).encode(), token
-        )
+        _write_job(store, directory.run, job)
         if change.added:
             store.delete([SUCCESS])
         if append_plan(store, directory.run, plan, change, token):
@@ -368,13 +387,71 @@ def open_run(
             break
         plan = read_plan(store, directory.run, rule.columns)
     directory.clear_failed()
-    _refuse_strangers(store, directory.run, (*change.kept, *change.added))
+    _refuse_strangers(directory, (*change.kept, *change.added))
     return OpenedRun(directory, (*change.kept, *change.added), change.schema, parts)
 
 
-def _refuse_strangers(store: Store, run: str, shards: Sequence[Shard]) -> None:
+def _take_over(
+    directory: RunDirectory,
+    before: str,
+    files: Sequence[InputFile],
+    rule: PlanRule,
+    part_format: PartFormat,
+    job: Mapping[str, object],
+) -> None:
+    """Make the run of ``directory`` the one of its output, with the finished parts of ``before``.
+
+    The last step is the one that counts: cut off before it, the output holds the old run.
+    """
+    store, run = directory.store, directory.run
+    recover(store, before)
+    plan = read_plan(store, before, rule.columns)
+    shards = tuple(plan.shards.values())
+    old = RunDirectory(store, before, n=samples_per_row(store, before))
+    parts = old.committed(shards) if shards else {}
+    kept_before = read_kept_parts(store, before)
+    change = change_plan(plan, files, rule, parts, keep_finished=True)
+    check_columns(
+        store, parts.values(), kept_before.runs, part_format.schema(change.schema.carried)
+    )
+    for shard in shards:
+        if shard.number in parts and parts[shard.number].num_rows != shard.num_rows * rule.n:
+            raise OutputError(
+                f"output: the finished parts of {store.url} do not have {rule.n} samples a row",
+                _WAYS_ON,
+            )
+    store.delete([SUCCESS])
+    planned = read_plan(store, run, rule.columns)
+    wanted = {shard.number: shard for shard in (*change.kept, *change.added)}
+    new = PlanChange(
+        added=tuple(item for item in wanted.values() if planned.shards.get(item.number) != item),
+        dropped=tuple(number for number in planned.shards if number not in wanted),
+        kept=(),
+        schema=change.schema,
+    )
+    if new.added or new.dropped or not planned.num_files:
+        if not append_plan(store, run, planned, new, uuid.uuid4().hex):
+            raise OutputHeldError(f"another driver plans {store.url} too", "submit again")
+    kept = {number: part for number, part in parts.items() if number in wanted}
+    keep_parts(store, run, before, kept, wanted.values())
+    _write_job(store, run, job)
+    delete_journal(store, before)
+
+
+def _write_job(store: Store, run: str, job: Mapping[str, object]) -> None:
+    """The job's record; while it is there, the output is known as this run's."""
+    data = json.dumps(job, indent=1).encode()
+    store.put_if_absent(f"{run_folder(run)}/job.json", data, uuid.uuid4().hex)
+
+
+def _refuse_strangers(directory: RunDirectory, shards: Sequence[Shard]) -> None:
     """Raise for a Parquet file in the output that is no part of this run: readers would see it."""
-    names = {part_name(run, shard) for shard in shards}
+    store = directory.store
+    kept = read_kept_parts(store, directory.run).parts
+    names = {
+        kept[shard.number].name if shard.number in kept else part_name(directory.run, shard)
+        for shard in shards
+    }
     for item in store.list(recursive=False):
         if item.path.endswith(".parquet") and item.path not in names:
             raise OutputError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.data.kept import KeptParts, read_kept_parts
 from batchrun.data.layout import FOLDER, SUCCESS, journal_folder, part_name, run_folder
 from batchrun.data.parts import RUN_KEY, part_from_json
 from batchrun.data.plan import count_rows, read_plan
@@ -50,18 +51,23 @@ def verify_run(store: Store) -> Verdict:
     shards = tuple(read_plan(store, run, InputColumns()).shards.values())
     directory = RunDirectory(store, run)
     parts = directory.recorded(shards)
-    rule = _Rule.read(store, run)
+    kept = read_kept_parts(store, run)
+    rules = {name: _Rule.read(store, name) for name in {run, *kept.runs.values()}}
     journals = set(store.folders(journal_folder(run)))
     problems = list(_missing(shards, parts, directory.failed(), journals))
+
+    def check(shard: Shard) -> list[str]:
+        owner = kept.runs.get(shard.number, run)
+        return list(_check_part(store, owner, shard, parts[shard.number], rules[owner]))
+
     with ThreadPoolExecutor(_THREADS) as pool:
         committed = [shard for shard in shards if shard.number in parts]
-        for found in pool.map(
-            lambda shard: list(_check_part(store, run, shard, parts[shard.number], rule)), committed
-        ):
+        for found in pool.map(check, committed):
             problems += found
-    problems += _orphans(store, run, shards, journals)
+    problems += _orphans(store, run, shards, journals, kept)
     counts = sum((part.counts for part in parts.values()), Counts())
-    problems += _check_success(store, parts, counts, complete=len(parts) == len(shards))
+    owners = {number: kept.runs.get(number, run) for number in parts}
+    problems += _check_success(store, parts, owners, counts, complete=len(parts) == len(shards))
     return Verdict(run, len(shards), count_rows(shards), len(parts), counts, tuple(problems))
 
 
@@ -146,12 +152,14 @@ def _check_rows(
             position += 1
 
 
-def _orphans(store: Store, run: str, shards: Sequence[Shard], journals: Set[str]) -> Iterator[str]:
+def _orphans(
+    store: Store, run: str, shards: Sequence[Shard], journals: Set[str], kept: KeptParts
+) -> Iterator[str]:
     """Objects that a reader would take for output, or that belong to no planned shard.
 
     The journal of a shard that has its part is none: it goes when it is convenient.
     """
-    names = {part_name(run, shard) for shard in shards}
+    names = {part_name(kept.runs.get(shard.number, run), shard) for shard in shards}
     for item in store.list(recursive=False):
         if item.path.endswith(".parquet") and item.path not in names:
             yield f"{item.path}: is no part of this run"
@@ -164,12 +172,17 @@ def _orphans(store: Store, run: str, shards: Sequence[Shard], journals: Set[str]
         if not name.isdecimal() or int(name) not in numbers:
             yield f"{journal_folder(run)}/{name}: is the journal of no planned shard"
     for folder in store.folders(FOLDER):
-        if folder != run:
+        if folder != run and folder not in kept.earlier:
             yield f"{FOLDER}/{folder}: is the bookkeeping of another run"
 
 
 def _check_success(
-    store: Store, parts: Mapping[int, Part], counts: Counts, *, complete: bool
+    store: Store,
+    parts: Mapping[int, Part],
+    owners: Mapping[int, str],
+    counts: Counts,
+    *,
+    complete: bool,
 ) -> Iterator[str]:
     """``_SUCCESS`` may only stand beside a whole output, and must say what is there."""
     data = store.read(SUCCESS)
@@ -181,12 +194,15 @@ def _check_success(
     try:
         said = json.loads(data)
         manifest = json.loads(store.read(said["manifest"]) or b"null")
-        listed = [part_from_json(json.dumps(item).encode()) for item in manifest["parts"]]
+        listed = [
+            (item.pop("run", manifest["run_id"]), part_from_json(json.dumps(item).encode()))
+            for item in manifest["parts"]
+        ]
         told = {key: said.get(key, 0) for key in expected}  # versions before counted less
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         yield f"{SUCCESS}: it, or the manifest that it names, is damaged ({error!r})"
         return
     if told != expected:
         yield f"{SUCCESS}: its counts are not those of the parts"
-    if listed != [parts[number] for number in sorted(parts)]:
+    if listed != [(owners[number], parts[number]) for number in sorted(parts)]:
         yield f"{said['manifest']}: does not list the parts as they were committed"
