@@ -124,6 +124,16 @@ CHECKPOINT_SECONDS = Series(
     per_worker=True,
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
+STORAGE_REQUESTS = Series(
+    "batchrun_storage_requests_total",
+    Kind.COUNTER,
+    "Requests to object storage; ok is every clear answer, also that nothing is there.",
+    {
+        "op": ("get", "put", "head", "list", "copy", "delete", "other"),
+        "outcome": ("ok", "throttled", "denied", "failed"),
+    },
+    per_worker=True,
+)
 WORKER_SECONDS = Series(
     "batchrun_worker_state_seconds_total",
     Kind.COUNTER,
@@ -154,6 +164,7 @@ ALL_SERIES = (
     RESTARTS,
     TOKENS_DISCARDED,
     CHECKPOINT_SECONDS,
+    STORAGE_REQUESTS,
     WORKER_SECONDS,
     ETA,
     LAST_PROGRESS,

@@ -241,11 +241,11 @@ def filesystem(
         if endpoint:
             _refuse_link_local(str(endpoint), role)
     if scheme_of(url) in {"s3", "s3a"}:
-        # Two quick tries inside the SDK; longer patience is ours, where outcomes are understood.
+        # One try inside the SDK; patience is ours, where outcomes are understood.
         defaults = {
             "connect_timeout": 10,
             "read_timeout": 60,
-            "retries": {"mode": "standard", "max_attempts": 3},
+            "retries": {"mode": "standard", "total_max_attempts": 1},
         }
         options["config_kwargs"] = {**defaults, **options.get("config_kwargs", {})}
     if scheme_of(url) in {"s3", "s3a", "gs", "gcs"}:
@@ -254,6 +254,10 @@ def filesystem(
         # Not by URL: a double colon in a file's name would read as a chain of filesystems.
         return fsspec.filesystem("file"), local_path(url)
     try:
+        if scheme_of(url) in {"s3", "s3a"}:
+            from batchrun.data.paced import PacedS3FileSystem
+
+            return PacedS3FileSystem(**options), str(PacedS3FileSystem._strip_protocol(url))
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise role.error(

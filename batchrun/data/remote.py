@@ -35,7 +35,10 @@ def fingerprint_of(info: Mapping[str, Any]) -> str:
 
 
 class RemoteStore(Store):
-    """A prefix of a bucket. Subclasses know how their service creates an object only once."""
+    """A prefix of a bucket. Subclasses know how their service creates an object only once, and
+    whether their library waits out by itself what passes."""
+
+    _is_patient = False
 
     def __init__(self, url: str, storage_options: Mapping[str, object] | None) -> None:
         if not url.partition("://")[2].partition("/")[0]:
@@ -212,7 +215,8 @@ class RemoteStore(Store):
                 fault = classify(error)
                 if fault is Fault.ABSENT:
                     raise _AbsentError(path) from error
-                if fault is not Fault.TRANSIENT or tries == _MAX_TRIES:
+                last = self._is_patient or tries == _MAX_TRIES
+                if fault is not Fault.TRANSIENT or last:
                     raise translate(error, Role.OUTPUT, url) from error
             bound = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**tries)
             time.sleep(random.uniform(0, bound))

@@ -18,6 +18,8 @@ class S3Store(RemoteStore):
     whose completion is not create-only on every server.
     """
 
+    _is_patient = True
+
     def __init__(self, url: str, storage_options: Mapping[str, object] | None) -> None:
         super().__init__(url, storage_options)
         # s3fs would send a body that it has read already once more, empty; so creates go through
@@ -29,6 +31,7 @@ class S3Store(RemoteStore):
         options["config_kwargs"] = {**(settings if isinstance(settings, Mapping) else {}), **named}
         writer, _ = filesystem(self.url, options, Role.OUTPUT)
         writer.retries = 1
+        writer.patient = False
         self._writer: Any = writer
 
     def _create(self, key: str, data: bytes | Path, metadata: Mapping[str, str]) -> None:

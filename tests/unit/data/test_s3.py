@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import http.client
+import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec.asyn
 import pytest
 
-from batchrun.data import remote
+from batchrun.data import paced, remote
+from batchrun.data.inputs import InputColumns
 from batchrun.data.s3 import S3Store
 from batchrun.data.store import Store
+from batchrun.data.traffic import Outcome, Traffic
 from batchrun.errors import OutputError, StorageError
+from batchrun.metrics import Recorder
 from tests.conftest import S3Server
+from tests.unit.data.parquet import planned, prompts, read_all, write
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(paced, "_FIRST_WAIT_S", 0.001)
+    # Each test has a pace of its own: what one is told does not slow down the next.
+    monkeypatch.setattr(paced, "traffic", functools.cache(Traffic))
+    fsspec.asyn.AbstractFileSystem.clear_instance_cache()
 
 
 class FaultyS3Store(S3Store):
@@ -195,26 +207,171 @@ def test_refused_credentials_end_at_once(scripted: Scripted) -> None:
     assert len(scripted.requests) == 2
 
 
-@pytest.mark.parametrize("scripted", [(503, "SlowDown")], indirect=True)
-def test_throttling_is_waited_out(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 is tried again for a while, then it is lost storage."""
-    monkeypatch.setattr(remote, "_MAX_TRIES", 2)
-    options = {
-        "endpoint_url": scripted.endpoint_url,
-        "config_kwargs": {"retries": {"max_attempts": 0}},
-    }
-    store = S3Store("s3://bucket/x", options)
-    store._fs.retries = 1
+@pytest.mark.parametrize(
+    ("scripted", "outcome"),
+    [
+        ((503, "SlowDown"), Outcome.THROTTLED),
+        ((429, "TooManyRequests"), Outcome.THROTTLED),
+        ((500, "InternalError"), Outcome.FAILED),
+    ],
+    indirect=["scripted"],
+)
+def test_throttling_is_waited_out(scripted: Scripted, outcome: Outcome) -> None:
+    """It is tried again for a while, nobody multiplies the tries, and then storage is lost."""
+    store = S3Store("s3://bucket/x", {"endpoint_url": scripted.endpoint_url})
     with pytest.raises(StorageError, match="cannot be reached"):
         store.read("x")
-    assert len(scripted.requests) == 2
+    assert len(scripted.requests) == 8
+    recorder = Recorder()
+    paced.traffic().record(recorder)
+    counted = {key[1]: value for key, value in recorder.take().counters.items()}
+    assert counted == {("head", outcome.value): 8}
+    pace = paced.traffic().pace(scripted.endpoint_url)
+    assert (pace.rate < 300) is (outcome is Outcome.THROTTLED)
+
+
+class StormProxy:
+    """Forwards to the S3 server, and refuses or denies some requests first, as scripted."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target.removeprefix("http://")
+        self.refuse: Callable[[str, str], tuple[int, str] | None] = lambda method, path: None
+        self.requests: list[tuple[str, str, int]] = []
+        self.endpoint_url = ""
+
+    def serve(self) -> ThreadingHTTPServer:
+        """The server, not yet running."""
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                refused = proxy.refuse(self.command, self.path)
+                if refused is None:
+                    there = http.client.HTTPConnection(proxy.target, timeout=20)
+                    there.request(self.command, self.path, body, dict(self.headers))
+                    found = there.getresponse()
+                    status, data = found.status, found.read()
+                    headers = [
+                        item for item in found.getheaders() if item[0].lower() not in _OF_A_HOP
+                    ]
+                    size = found.getheader("Content-Length") or str(len(data))
+                    there.close()
+                else:
+                    status, headers = refused[0], []
+                    data = f"<Error><Code>{refused[1]}</Code></Error>".encode()
+                    size = str(len(data))
+                proxy.requests.append((self.command, self.path, status))
+                self.send_response(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", size)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint_url = f"http://127.0.0.1:{server.server_port}"
+        return server
+
+
+_OF_A_HOP = {"content-length", "connection", "date", "server", "transfer-encoding"}
+
+
+@pytest.fixture
+def storm(s3_server: S3Server) -> Iterator[StormProxy]:
+    """A proxy in front of the S3 server."""
+    proxy = StormProxy(s3_server.endpoint_url)
+    server = proxy.serve()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield proxy
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_storm_of_refusals_is_no_storm_of_requests(
+    storm: StormProxy, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """With three of ten requests refused, everything arrives once, with less than twice the
+    requests of a quiet day."""
+
+    def work(prefix: str) -> int:
+        before = len(storm.requests)
+        store = Store.open(f"{s3_server.url}/{prefix}", {"endpoint_url": storm.endpoint_url})
+        body = tmp_path / "body"
+        body.write_bytes(b"x" * 100_000)
+        for number in range(20):
+            assert store.put_if_absent(f"part-{number}", body, f"token-{number}")
+            assert store.read(f"part-{number}") == b"x" * 100_000
+            store.put("progress", str(number).encode())
+        assert len(store.list()) == 21
+        store.delete(item.path for item in store.list())
+        return len(storm.requests) - before
+
+    nominal = work("quiet")
+    dice = random.Random(7)
+    storm.refuse = lambda *_: (503, "SlowDown") if dice.random() < 0.3 else None
+    stormy = work("storm")
+    assert nominal < stormy <= 2 * nominal
+    assert paced.traffic().pace(storm.endpoint_url).rate < 500
+
+
+def test_an_odd_denial_of_a_known_object_is_tried_again(
+    storm: StormProxy, s3_server: S3Server
+) -> None:
+    """A 403 of an object that was there a moment ago may pass; one that stays is an error, and
+    one of an object that was never seen is so at once."""
+    store = Store.open(f"{s3_server.url}/x", {"endpoint_url": storm.endpoint_url})
+    store.put("known", b"data")
+    denials = iter([(403, "AccessDenied")] * 2)
+    storm.refuse = lambda *_: next(denials, None)
+    assert store.read("known") == b"data"
+    storm.refuse = lambda *_: (403, "AccessDenied")
+    for path, tries in (("known", 4), ("other", 1)):
+        storm.requests.clear()
+        with pytest.raises(StorageError, match="denied"):
+            store.read(path)
+        assert len(storm.requests) == tries
+    storm.refuse = lambda *_: (403, "ExpiredToken")
+    storm.requests.clear()
+    with pytest.raises(StorageError, match="denied"):
+        store.put("known", b"new")
+    assert len(storm.requests) == 1, "credentials that ran out do not come back by asking"
+
+
+def test_input_is_read_through_a_storm(
+    storm: StormProxy, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """Listing, footers and row groups survive refusals too, without the libraries' own retries."""
+    path = write(tmp_path / "a.parquet", prompts(500), row_group_size=100)
+    store = Store.open(f"{s3_server.url}/in", s3_server.storage_options)
+    for number in range(3):
+        store.put(f"{number}.parquet", path.read_bytes())
+    dice = random.Random(3)
+    storm.refuse = lambda *_: (503, "SlowDown") if dice.random() < 0.3 else None
+    columns = InputColumns(prompt="prompt")
+    options = {"endpoint_url": storm.endpoint_url}
+    shards, schema, _ = planned(f"{s3_server.url}/in", columns, storage_options=options)
+    for shard in shards:
+        rows, _ = read_all(shard, schema, options)
+        assert [row.values["prompt"] for row in rows] == prompts(500)["prompt"]
+    assert any(status == 503 for _, _, status in storm.requests)
 
 
 def test_an_endpoint_that_is_away_is_a_storage_error(
     s3_process: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refused connection is exit 75: nothing is wrong with the job."""
-    monkeypatch.setattr(remote, "_MAX_TRIES", 1)
+    monkeypatch.setattr(paced, "_MAX_TRIES", 1)
     store = Store.open("s3://bucket/x", {"endpoint_url": "http://127.0.0.1:9"})
     with pytest.raises(StorageError, match="cannot be reached"):
         store.read("x")
@@ -256,4 +413,5 @@ def test_stores_share_their_connections(s3_process: str) -> None:
     first, second = S3Store("s3://bucket/x", options), S3Store("s3://bucket/y", options)
     assert first._fs is second._fs and first._writer is second._writer
     assert first._fs is not first._writer
-    assert (first._fs.retries, first._writer.retries) == (5, 1)
+    assert (first._fs.retries, first._writer.retries) == (3, 1)
+    assert (first._fs.patient, first._writer.patient) == (True, False)
