@@ -213,9 +213,9 @@ class WorkerRange(Section):
     """As many workers as the cluster gives, within bounds."""
 
     min: Count
-    """Fewest workers."""
+    """What the cluster must be able to hold before the run begins."""
     max: Count
-    """Most workers."""
+    """Asked for; each is used as soon as it is there."""
 
 
 class Resources(Section):
@@ -233,9 +233,14 @@ class Resources(Section):
     """For the cost in plans and reports."""
 
     @property
-    def num_workers(self) -> int:
-        """The number of workers to start with."""
-        return self.workers if isinstance(self.workers, int) else self.workers.min
+    def most_workers(self) -> int:
+        """So many workers are asked for, and each is used as soon as it is there."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def fewest_workers(self) -> int:
+        """So many workers the cluster must be able to hold, or the run does not begin."""
+        return 1 if isinstance(self.workers, int) else self.workers.min
 
 
 class Errors(Section):

@@ -54,6 +54,7 @@ def violations(job: Values) -> Iterator[Violation]:
     yield from _tools(job)
     yield from _response_format(job)
     yield from _resources(job)
+    yield from _limits(job)
     yield from _output_place(job)
     yield from _evaluate(job)
 
@@ -77,13 +78,6 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
         )
     if job["schedule"] is not None:
         yield absent("schedule", "scheduling", "delete the key, and submit from cron")
-    if job["errors"]["canary_rows"]:
-        yield absent("errors.canary_rows", "a canary", "write 0")
-    for name in ("max_hours", "max_tokens", "max_cost"):
-        if job["limits"][name] is not None:
-            yield absent(f"limits.{name}", "a limit of the run", "write null")
-    if job["checkpoint"]["interval_s"] != 30:
-        yield absent("checkpoint.interval_s", "another interval than 30", "delete the key")
 
 
 def _prompt_source(job: Values) -> Iterator[Violation]:
@@ -170,18 +164,22 @@ def _resources(job: Values) -> Iterator[Violation]:
                 f"min ({workers['min']}) is more than max ({workers['max']})",
                 "exchange them",
             )
-        elif workers["min"] != workers["max"]:
-            yield Violation(
-                ("resources", "workers"),
-                f"a range of workers {_ABSENT}",
-                f"write one number, for example workers: {workers['min']}",
-            )
     if resources["accelerator_type"] is not None and resources["gpus_per_worker"] == 0:
         yield Violation(
             ("resources", "accelerator_type"),
             f"asks for {quoted(resources['accelerator_type'])} while gpus_per_worker is 0",
             "delete accelerator_type, or write gpus_per_worker: auto",
             ("resources.gpus_per_worker",),
+        )
+
+
+def _limits(job: Values) -> Iterator[Violation]:
+    if job["limits"]["max_cost"] is not None and not job["resources"]["price_per_gpu_hour"]:
+        yield Violation(
+            ("limits", "max_cost"),
+            "needs the price of a GPU: without one nothing costs anything",
+            "write resources.price_per_gpu_hour",
+            ("limits.max_cost", "resources.price_per_gpu_hour"),
         )
 
 

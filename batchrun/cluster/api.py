@@ -8,7 +8,7 @@ from pathlib import Path
 
 from batchrun.cluster.driver import run_job
 from batchrun.cluster.summary import Summary
-from batchrun.coordinator import OutcomeKind
+from batchrun.events import OutcomeKind
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource, read_job_file
 
@@ -43,7 +43,7 @@ def run(
             source = read_job_file(str(Path(job)), tuple(overrides))
             parsed = parse_job(source)
     summary = run_job(parsed, source=source, address=address, deterministic=deterministic)
-    finished = (OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES)
+    finished = (OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES, OutcomeKind.CANARY_FAILED)
     if summary.error is not None and summary.outcome not in finished:
         raise summary.error
     return summary

@@ -61,19 +61,31 @@ class Capacity:
         nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}"
         return f"{nodes}, {self.num_cpus} CPUs, {self.num_gpus} GPUs (accelerator types: {kinds})"
 
-    def fits(self, shape: WorkerShape) -> bool:
-        """Whether some node could hold such a worker if it were idle."""
-        return any(
-            node.num_cpus >= shape.num_cpus
-            and node.num_gpus >= shape.num_gpus
-            and (shape.accelerator_type is None or shape.accelerator_type in node.accelerator_types)
+    def num_places(self, shape: WorkerShape) -> int:
+        """How many such workers the nodes could hold if they were idle."""
+        return sum(
+            min(
+                node.num_cpus // max(1, shape.num_cpus),
+                node.num_gpus // shape.num_gpus if shape.num_gpus else node.num_cpus,
+            )
             for node in self.nodes
+            if shape.accelerator_type is None or shape.accelerator_type in node.accelerator_types
         )
 
-    def require(self, shape: WorkerShape) -> None:
+    def fits(self, shape: WorkerShape, num_workers: int = 1) -> bool:
+        """Whether the nodes could hold so many such workers if they were idle."""
+        return self.num_places(shape) >= num_workers
+
+    def require(self, shape: WorkerShape, num_workers: int = 1) -> None:
         """Raise :class:`ClusterError` unless :meth:`fits`; the message says what there is."""
-        if self.fits(shape):
+        if self.fits(shape, num_workers):
             return
+        if self.fits(shape):
+            raise ClusterError(
+                f"the cluster has room for {self.num_places(shape)} workers, and the job wants "
+                f"{num_workers} at least: each needs {shape}; the cluster has {self}",
+                hint="lower resources.workers.min, or add nodes",
+            )
         raise ClusterError(
             f"no node can hold a worker: each needs {shape}; the cluster has {self}",
             hint="change resources.accelerator_type or resources.gpus_per_worker "

@@ -24,32 +24,39 @@ from batchrun.cluster.session import nodes_are_coming, ray_lives, ray_session, r
 from batchrun.cluster.summary import Summary
 from batchrun.cluster.tally import Progress, Tally
 from batchrun.cluster.worker import TraceSource, WorkerSettings
-from batchrun.coordinator import (
+from batchrun.coordinator import RunState
+from batchrun.data import run as bookkeeping
+from batchrun.data.lock import RunLock
+from batchrun.data.run import OpenedRun
+from batchrun.data.strikes import read_strikes, write_strike
+from batchrun.data.sweeper import JournalSweeper
+from batchrun.errors import InterruptedRunError, StorageError
+from batchrun.events import (
+    CancelLease,
     Command,
+    DrainRun,
     Event,
     FailShard,
     FinishRun,
     LeaseDone,
     LeaseFailed,
+    LeaseReturned,
     LeasesWanted,
+    Limits,
     LossCause,
     Outcome,
     OutcomeKind,
     RunStarted,
-    RunState,
     StartLease,
     StartWorker,
     StopRequested,
     StopWorker,
     Tick,
+    TokensSpent,
     WorkerDraining,
     WorkerLost,
     WorkerReady,
 )
-from batchrun.data import run as bookkeeping
-from batchrun.data.lock import RunLock
-from batchrun.data.run import OpenedRun
-from batchrun.errors import InterruptedRunError, StorageError
 from batchrun.job import Job
 from batchrun.jobfile import JobSource
 from batchrun.metrics import (
@@ -67,11 +74,14 @@ from batchrun.metrics import (
 from batchrun.records import Counts
 
 if TYPE_CHECKING:
-    from batchrun.cluster.fleet import Fleet, News, WorkerReported
+    from collections.abc import Iterator
+
+    from batchrun.cluster.fleet import Fleet, News, WorkerGone, WorkerReported
+    from batchrun.reports import WorkReport
 
 _SHOW_EVERY_S = 0.5
 _SAVE_EVERY_S = 3.0
-_DRAIN_S = 10.0
+_DRAIN_S = 15.0
 _CHECK_ALIVE_EVERY_S = 1.0
 _SAY_PENDING_AFTER_S = 10.0
 _GIVE_UP_PENDING_AFTER_S = 60.0
@@ -194,18 +204,18 @@ class Cluster:
         if self._shape is None:
             wanted = self._resources
             self._capacity = self._stack.enter_context(
-                ray_session(self._address, wanted.num_workers, self._runtime_env)
+                ray_session(self._address, wanted.most_workers, self._runtime_env)
             )
             self._stack.callback(self._end_spares)
             gpus = wanted.gpus_per_worker
             self._shape = plan_shape(
                 self._capacity,
-                wanted.num_workers,
+                wanted.most_workers,
                 None if gpus == "auto" else gpus,
                 wanted.accelerator_type,
             )
-            if not self._capacity.fits(self._shape):
-                self._wait_for_nodes(self._capacity, self._shape)
+            if not self._capacity.fits(self._shape, wanted.fewest_workers):
+                self._wait_for_nodes(self._capacity, self._shape, wanted.fewest_workers)
         return self._shape
 
     def check_alive(self, *, at_once: bool = False) -> None:
@@ -225,7 +235,7 @@ class Cluster:
         """How many workers may share one machine."""
         assert self._capacity is not None and self._shape is not None
         most = max((n.num_cpus // self._shape.num_cpus for n in self._capacity.nodes), default=1)
-        return max(1, min(self._resources.num_workers, most))
+        return max(1, min(self._resources.most_workers, most))
 
     def _end_spares(self) -> None:
         from batchrun.cluster.fleet import end_actor
@@ -233,18 +243,18 @@ class Cluster:
         for actor in self.spares or ():
             end_actor(actor)
 
-    def _wait_for_nodes(self, capacity: Capacity, shape: WorkerShape) -> None:
-        """Bear a cluster that cannot hold a worker yet, as long as it is growing."""
+    def _wait_for_nodes(self, capacity: Capacity, shape: WorkerShape, num_workers: int) -> None:
+        """Bear a cluster that cannot hold the workers yet, as long as it is growing."""
         if self.is_local:
-            capacity.require(shape)
+            capacity.require(shape, num_workers)
         self._view.say(f"waiting for a node: a worker needs {shape}; the cluster has {capacity}")
         waited_since = time.monotonic()
-        while not capacity.fits(shape):
+        while not capacity.fits(shape, num_workers):
             time.sleep(1.0)
             capacity = read_capacity()
             waited = time.monotonic() - waited_since
             if waited > _GIVE_UP_PENDING_AFTER_S and not nodes_are_coming():
-                capacity.require(shape)
+                capacity.require(shape, num_workers)
 
 
 class _Driver:
@@ -270,10 +280,16 @@ class _Driver:
             opened.shards,
             opened.parts,
             epoch=lock.epoch,
-            num_workers=job.resources.num_workers,
+            max_workers=job.resources.most_workers,
+            min_workers=job.resources.fewest_workers,
             max_failed_rows=job.errors.max_failed_rows,
             max_retries=job.errors.max_retries,
+            strikes=read_strikes(checked.store, checked.run),
+            canary_rows=job.errors.canary_rows,
+            num_samples=job.generation.n,
+            limits=_limits(job),
         )
+        self._sweeper = JournalSweeper(checked.store, checked.run)
         self._tally = Tally(opened.total_rows, len(opened.shards), opened.parts)
         self._metrics = RunMetrics(job.name, checked.run)
         self._fleet: Fleet | None = None
@@ -295,13 +311,17 @@ class _Driver:
             self._fleet = self._make_fleet(cluster, deterministic, source)
         self._do(commands)
         while self._outcome is None:
-            if self._stop.is_set():
-                self._stop_gracefully()
+            if self._stop.is_set() or self._lock.cancelled.is_set():
+                asked = "interrupted" if self._stop.is_set() else "cancelled through the output"
+                self._drain(asked)
                 break
             self._lock.check()
             cluster.check_alive()
             try:
                 self._turn(self._the_fleet)
+            except StorageError as error:
+                self._drain(error.message)  # whose storage still answers saves what it has
+                raise
             except Exception:
                 cluster.check_alive(at_once=True)  # what failed may have failed for that
                 raise
@@ -311,6 +331,7 @@ class _Driver:
         """End the workers and the metrics' endpoint. May be called twice."""
         if self._fleet is not None:
             self._fleet.stop_all()
+        self._sweeper.close()
         self._metrics.close()
 
     @property
@@ -365,12 +386,25 @@ class _Driver:
                     self._metrics.forget_worker(worker)
                 case StartLease(worker, lease):
                     self._the_fleet.give(worker, lease)
-                case FailShard(shard, message):
-                    self._tally.fail(shard.number, shard.num_rows)
-                    self._opened.directory.mark_failed(shard, message)
-                    self._view.say(f"shard {shard.name} cannot be run: {message}")
-                case FinishRun(outcome):
-                    self._outcome = outcome
+                case CancelLease(worker, attempt):
+                    self._tally.give_up(attempt)
+                    self._the_fleet.cancel(worker, attempt)
+                case DrainRun(message):
+                    self._drain(message)
+                case FailShard() | FinishRun():
+                    self._conclude(command)
+
+    def _conclude(self, command: Command) -> None:
+        """The commands that hold also while a run is being stopped."""
+        match command:
+            case FailShard(shard, message):
+                self._tally.fail(shard.number, shard.num_rows)
+                self._opened.directory.mark_failed(shard, message)
+                self._view.say(f"shard {shard.name} cannot be run: {message}")
+            case FinishRun(outcome):
+                self._outcome = outcome
+            case _:
+                pass
 
     def _take(self, news: News) -> None:
         from batchrun.cluster.fleet import WorkerGone, WorkerLoaded, WorkerReported
@@ -380,38 +414,57 @@ class _Driver:
                 self._ready_at = self._ready_at or time.monotonic()
                 self._spent(worker, "load", loaded.load_s)
                 self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
-                self._handle(WorkerReady(worker))
+                self._handle(WorkerReady(worker, loaded.max_sequences, loaded.device, waited_s))
             case WorkerReported():
                 self._take_report(news)
-            case WorkerGone(worker, cause, message, node_lived, error):
-                if error is not None and cause is LossCause.LOAD and not self._state.num_ready:
-                    raise error  # the same everywhere: no other try would help
-                self._count_loss(worker, _RESTART_CAUSE[cause])
-                self._view.say(f"worker {worker} is lost ({cause}): {message}")
-                self._handle(WorkerLost(worker, cause, message, node_lived))
+            case WorkerGone():
+                self._take_loss(news)
+
+    def _take_loss(self, news: WorkerGone) -> None:
+        worker, cause = news.worker, news.cause
+        if news.error is not None and cause is LossCause.LOAD and not self._state.num_ready:
+            raise news.error  # the same everywhere: no other try would help
+        self._count_loss(worker, _RESTART_CAUSE[cause])
+        self._view.say(f"worker {worker} is lost ({cause}): {news.message}")
+        if news.stacks:
+            self._view.say(f"where it stood:\n{news.stacks}")
+        event = WorkerLost(worker, cause, news.message, news.node_lived, news.in_flight)
+        strike = self._state.strike(event)
+        if strike is not None:
+            # Before anything is decided: what is known of rows that kill outlives this driver.
+            write_strike(self._checked.store, self._checked.run, self._lock.epoch, strike)
+        self._handle(event)
 
     def _take_report(self, news: WorkerReported) -> None:
         worker, report = news.worker, news.report
         self._metrics.merge(worker, report.metrics)
         self._spent(worker, "starved", news.starved_s)
-        self._tally.sampled_tokens[worker] = report.sampled_tokens
-        self._tally.prefix_tokens[worker] = report.prefix_tokens
-        for item in report.running:
-            self._tally.run(worker, item.attempt, item.counts)
-        for done in report.done:
-            self._tally.publish(done.lease.attempt, done.part)
-            self._handle(LeaseDone(worker, done.lease.attempt, done.part))
-        for failed in report.failed:
-            self._tally.give_up(failed.lease.attempt)
-            self._handle(LeaseFailed(worker, failed.lease.attempt, failed.message))
+        self._tally.report(worker, report)
+        self._handle(TokensSpent(worker, report.prompt_tokens + report.sampled_tokens))
         if report.draining:
             self._handle(WorkerDraining(worker))
+        for event in self._events(worker, report):
+            self._handle(event)
         if report.draining and report.idle:
             self._the_fleet.stop(worker)
             self._count_loss(worker, "preempted")
             self._handle(WorkerLost(worker, LossCause.NODE, "drained", node_lived=False))
         else:
             self._handle(LeasesWanted(worker, report.num_wanted))
+
+    def _events(self, worker: str, report: WorkReport) -> Iterator[Event]:
+        """The ends of leases in a report, counted."""
+        for done in report.done:
+            self._tally.end(done)
+            if done.part is not None:
+                self._sweeper.published(done.part.shard)
+            yield LeaseDone(worker, done.lease.attempt, done.part, done.counts)
+        for failed in report.failed:
+            self._tally.give_up(failed.lease.attempt)
+            yield LeaseFailed(worker, failed.lease.attempt, failed.message)
+        for returned in report.returned:
+            self._tally.give_back(returned)
+            yield LeaseReturned(worker, returned.attempt)
 
     def _count_loss(self, worker: str, cause: str) -> None:
         self._restarts += 1
@@ -471,17 +524,18 @@ class _Driver:
                 )
             )
 
-    def _stop_gracefully(self) -> None:
-        """Keep what is complete: parts that are being published get their time."""
-        self._view.say("stopping: what is complete is published first")
+    def _drain(self, message: str) -> None:
+        """Stop in good order: what is complete is published, the rest is journaled, in time."""
+        self._view.say(f"stopping ({message}): what was generated is made safe first")
         if self._fleet is not None:
             for news in self._fleet.finish(_DRAIN_S):
-                for done in news.report.done:
-                    self._tally.publish(done.lease.attempt, done.part)
-                    self._state.handle(LeaseDone(news.worker, done.lease.attempt, done.part))
-        for command in self._state.handle(StopRequested()):
-            if isinstance(command, FinishRun):
-                self._outcome = command.outcome
+                self._metrics.merge(news.worker, news.report.metrics)
+                self._tally.report(news.worker, news.report)
+                for event in self._events(news.worker, news.report):
+                    for command in self._state.handle(event):
+                        self._conclude(command)
+        for command in self._state.handle(StopRequested(message)):
+            self._conclude(command)
 
     def _end(self) -> Summary:
         """Manifest and ``_SUCCESS``, where the run came to its end; the summary."""
@@ -513,10 +567,17 @@ class _Driver:
             },
             generated_rows=generated.rows,
             generated_tokens=generated.reasoning_tokens + generated.completion_tokens,
-            sampled_tokens=sum(self._tally.sampled_tokens.values()),
-            prefix_tokens=sum(self._tally.prefix_tokens.values()),
+            journaled_rows=self._tally.journaled_rows,
+            sampled_tokens=self._tally.sampled_tokens,
+            prefix_tokens=self._tally.prefix_tokens,
             discarded_tokens=self._tally.discarded_tokens,
             restarts=self._restarts,
             elapsed_s=now - self._started,
             startup_s=(self._ready_at or now) - self._started,
         )
+
+
+def _limits(job: Job) -> Limits:
+    limits, resources = job.limits, job.resources
+    price = resources.price_per_gpu_hour or 0.0  # a worker has one GPU, or one share of the CPU
+    return Limits(limits.max_hours, limits.max_tokens, limits.max_cost, price)

@@ -1,29 +1,36 @@
 """The workers of a run as Ray actors: started, given leases, asked for news, given up.
 
 Each worker has at most one call in flight, so a worker that is lost, stuck or finished is always
-one call that failed, did not come back, or came back. Restarts are the coordinator's business:
-Ray restarts nothing here.
+one call that failed, did not come back, or came back. Of a worker that is lost or stuck, a task on
+its machine then tells which rows it had in its engine and where it stood; only then is it news.
+Restarts are the coordinator's business: Ray restarts nothing here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchrun.cluster.capacity import WorkerShape
+from batchrun.cluster.remains import Remains, look
+from batchrun.cluster.session import draining_nodes
 from batchrun.cluster.worker import Loaded, Worker, WorkerSettings
-from batchrun.coordinator import LossCause
 from batchrun.errors import BatchrunError, OutputError, StorageError
-from batchrun.pipeline import WorkReport
+from batchrun.events import LossCause
 from batchrun.records import Lease
+from batchrun.reports import WorkReport
 
 WORK_S = 1.0
 """How long one call of a worker lasts; a lease reaches a busy worker within this time."""
+
+_LOOK_S = 15.0  # for a task on another machine to look at what a worker left there
+_ASK_DRAINING_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +53,16 @@ class WorkerReported:
 
 @dataclass(frozen=True, slots=True)
 class WorkerGone:
-    """A worker is gone or was given up. ``error`` is set when it said why."""
+    """A worker is gone or was given up. ``error`` is set when it said why. ``in_flight`` are the
+    rows that it had in its engine, None when nobody can tell; ``stacks`` is where it stood."""
 
     worker: str
     cause: LossCause
     message: str
     node_lived: bool
     error: BatchrunError | None = None
+    in_flight: tuple[tuple[int, int], ...] | None = None
+    stacks: str = ""
 
 
 News = WorkerLoaded | WorkerReported | WorkerGone
@@ -69,6 +79,8 @@ class _Member:
     loaded: Loaded | None = None
     draining: bool = False
     queue: list[Lease] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    gone: WorkerGone | None = None  # the news, while the call in flight looks at the remains
     idle_since: float | None = None
     starved_s: float = 0.0
 
@@ -76,7 +88,11 @@ class _Member:
     def is_spare(self) -> bool:
         """Whether it is whole and has nothing to do."""
         return (
-            self.loaded is not None and self.call is None and not self.queue and not self.draining
+            self.loaded is not None
+            and self.call is None
+            and not self.queue
+            and not self.draining
+            and self.gone is None
         )
 
 
@@ -104,6 +120,9 @@ class Fleet:
         self._hang_timeout_s = hang_timeout_s
         self._clock = clock
         self._members: dict[str, _Member] = {}
+        self._asked_draining_at = clock()
+        remote: Any = ray.remote
+        self._look: Any = remote(num_cpus=0, max_retries=0)(look)
         self._actor: Any = ray.remote(Worker).options(
             num_cpus=shape.num_cpus,
             num_gpus=shape.num_gpus,
@@ -126,9 +145,19 @@ class Fleet:
     def give(self, worker: str, lease: Lease) -> None:
         """Give a lease to a worker; it begins with it at its next call."""
         member = self._members.get(worker)
-        if member is not None:
+        if member is not None and member.gone is None:
             member.queue.append(lease)
             self._call(member)
+
+    def cancel(self, worker: str, attempt: str) -> None:
+        """Let a worker drop a lease, at its next call."""
+        member = self._members.get(worker)
+        if member is None:
+            return
+        kept = [lease for lease in member.queue if lease.attempt != attempt]
+        if len(kept) == len(member.queue):
+            member.cancelled.append(attempt)
+        member.queue = kept
 
     def stop(self, worker: str) -> None:
         """End a worker at once, or keep it as a spare."""
@@ -153,6 +182,8 @@ class Fleet:
         """How many workers are starting, ready and draining."""
         counts = {"starting": 0, "ready": 0, "draining": 0}
         for member in self._members.values():
+            if member.gone is not None:
+                continue
             state = "ready" if member.loaded is not None else "starting"
             counts["draining" if member.draining else state] += 1
         return counts
@@ -167,8 +198,10 @@ class Fleet:
     def wait(self, timeout_s: float) -> Iterator[News]:
         """News of workers; waits so long for the first.
 
-        Raises StorageError and OutputError of a worker: they concern the run, not the worker.
+        Workers on nodes that the cluster is about to take away are told to give back what they
+        have. Raises StorageError and OutputError of a worker: they concern the run, not the worker.
         """
+        self._notice_draining()
         calls = {m.call: name for name, m in self._members.items() if m.call is not None}
         if not calls:
             time.sleep(timeout_s)
@@ -177,13 +210,18 @@ class Fleet:
         if ready and len(calls) > 1:
             ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         for ref in ready:
-            yield self._collect(calls[ref], ref)
+            news = self._collect(calls[ref], ref)
+            if news is not None:
+                yield news
         yield from self._stuck()
 
     def finish(self, timeout_s: float) -> Iterator[WorkerReported]:
-        """Let all workers publish what is complete, for so long at most, and end them."""
+        """Let all workers publish what is complete and journal the rest, for so long at most, and
+        end them."""
         deadline = self._clock() + timeout_s
-        members = {name: m for name, m in self._members.items() if m.loaded is not None}
+        members = {
+            name: m for name, m in self._members.items() if m.loaded is not None and m.gone is None
+        }
         calls = {m.call: name for name, m in members.items() if m.call is not None}
         # One after the other in each actor: the call in flight, then the last one.
         calls |= {m.actor.finish.remote(timeout_s / 2): name for name, m in members.items()}
@@ -194,7 +232,7 @@ class Fleet:
                 try:
                     report = ray.get(ref)
                 except RayError:
-                    continue
+                    continue  # what it had not made safe is generated again
                 yield WorkerReported(worker, report)
         self.stop_all()
 
@@ -207,12 +245,15 @@ class Fleet:
             member.starved_s += now - member.idle_since
             member.idle_since = None
         leases, member.queue = tuple(member.queue), []
-        member.call = member.actor.work.remote(leases, WORK_S)
+        cancelled, member.cancelled = tuple(member.cancelled), []
+        member.call = member.actor.work.remote(leases, cancelled, WORK_S, member.draining)
         member.called_at = now
 
-    def _collect(self, worker: str, ref: Any) -> News:
+    def _collect(self, worker: str, ref: Any) -> News | None:
         member = self._members[worker]
         member.call = None
+        if member.gone is not None:
+            return self._looked(worker, member.gone, ref)
         try:
             result = ray.get(ref)
         except RayTaskError as error:
@@ -238,7 +279,7 @@ class Fleet:
         if member.queue:
             self._call(member)
 
-    def _broken(self, worker: str, error: RayTaskError) -> WorkerGone:
+    def _broken(self, worker: str, error: RayTaskError) -> WorkerGone | None:
         """A call raised: what is wrong with the run is raised, the rest ends the worker."""
         cause = error.cause
         if isinstance(cause, StorageError | OutputError):
@@ -246,19 +287,50 @@ class Fleet:
         loading = self._members[worker].loaded is None
         own = cause if isinstance(cause, BatchrunError) else None
         message = own.message if own is not None else f"{type(cause).__name__}: {cause}"
-        self._kill(worker)
         kind = LossCause.LOAD if loading else LossCause.CRASH
-        return WorkerGone(worker, kind, message, node_lived=True, error=own)
+        return self._give_up(WorkerGone(worker, kind, message, node_lived=True, error=own))
 
-    def _lost(self, worker: str, error: RayError) -> WorkerGone:
+    def _lost(self, worker: str, error: RayError) -> WorkerGone | None:
         """The actor died, or cannot be reached, which is the same."""
         member = self._members[worker]
         text = " ".join(str(error).split())[:300]
         lived = not member.draining and self._node_lives(member, text)
         loading = member.loaded is None
-        self._kill(worker)
         kind = LossCause.NODE if not lived else LossCause.LOAD if loading else LossCause.CRASH
-        return WorkerGone(worker, kind, f"the worker's process died: {text}", node_lived=lived)
+        message = f"the worker's process died: {text}"
+        return self._give_up(WorkerGone(worker, kind, message, node_lived=lived))
+
+    def _give_up(self, gone: WorkerGone) -> WorkerGone | None:
+        """A worker is not to be used any more: the news of it, or None while somebody looks at its
+        machine what they are. A worker that hangs lives until then."""
+        member = self._members[gone.worker]
+        if gone.cause is not LossCause.HANG:
+            end_actor(member.actor)
+        if member.loaded is None or not gone.node_lived:
+            del self._members[gone.worker]
+            return gone
+        node = NodeAffinitySchedulingStrategy(member.loaded.node_id, soft=False)
+        member.gone = gone
+        member.queue = []
+        member.call = self._look.options(scheduling_strategy=node).remote(
+            member.loaded.remains, with_stacks=gone.cause is LossCause.HANG
+        )
+        member.called_at = self._clock()
+        return None
+
+    def _looked(self, worker: str, gone: WorkerGone, ref: Any) -> WorkerGone:
+        """Somebody has looked at what a worker left, or has found its machine gone too."""
+        try:
+            remains: Remains = ray.get(ref)
+        except RayError:
+            # What is not known for sure is blamed on nobody: the machine may be gone as well.
+            lived = gone.node_lived and self._node_lives(self._members[worker], "")
+            cause = gone.cause if lived else LossCause.NODE
+            gone = replace(gone, cause=cause, node_lived=lived)
+        else:
+            gone = replace(gone, in_flight=remains.in_flight, stacks=remains.stacks)
+        self._kill(worker)
+        return gone
 
     def _stuck(self) -> Iterator[WorkerGone]:
         """Workers whose engine made no step for too long; loading is exempt."""
@@ -266,10 +338,30 @@ class Fleet:
         for worker, member in list(self._members.items()):
             if member.call is None or member.loaded is None:
                 continue
-            if now - member.called_at > self._hang_timeout_s + WORK_S:
-                self._kill(worker)
+            if member.gone is not None:
+                if now - member.called_at > _LOOK_S:
+                    ray.cancel(member.call, force=True)
+                    self._kill(worker)
+                    yield member.gone
+            elif now - member.called_at > self._hang_timeout_s + WORK_S:
                 message = f"no engine step for {self._hang_timeout_s:g} s"
-                yield WorkerGone(worker, LossCause.HANG, message, node_lived=True)
+                gone = self._give_up(WorkerGone(worker, LossCause.HANG, message, node_lived=True))
+                if gone is not None:
+                    yield gone
+
+    def _notice_draining(self) -> None:
+        """Ask the cluster now and then which nodes it is about to take away."""
+        now = self._clock()
+        if now - self._asked_draining_at < _ASK_DRAINING_EVERY_S:
+            return
+        self._asked_draining_at = now
+        nodes = draining_nodes()
+        for member in self._members.values():
+            if member.loaded is None or member.draining or member.gone is not None:
+                continue
+            if member.loaded.node_id in nodes:
+                member.draining = True
+                self._call(member)  # an idle one says so, too
 
     def _node_lives(self, member: _Member, text: str) -> bool:
         """Whether the worker's machine outlived it, as far as Ray knows by now."""

@@ -133,6 +133,17 @@ def nodes_are_coming() -> bool:
         return False
 
 
+def draining_nodes() -> frozenset[str]:
+    """The ids of nodes that the cluster is about to take away, by ``ray drain-node`` or a notice
+    of preemption; none when nobody can say."""
+    try:
+        from ray._private.state import state
+
+        return frozenset(state.get_draining_nodes())
+    except Exception:  # not a public API: whatever it does, it must not stop a run
+        return frozenset()
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from batchrun.coordinator import OutcomeKind
 from batchrun.errors import BatchrunError, InterruptedRunError, TooManyFailuresError
+from batchrun.events import OutcomeKind
 from batchrun.records import Counts
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """The end of a run. Rows and tokens are those of the whole output; ``generated_rows`` and
-    ``generated_tokens`` those of this submit alone. ``sampled_tokens`` are what its engines
+    ``generated_tokens`` those of this submit alone; ``journaled_rows`` are finished and safe, but
+    not in a part yet. ``sampled_tokens`` are what its engines
     sampled: tokens of rows that were lost count too, tokens taken over from another run do not.
     ``prefix_tokens`` are the tokens of prompts that it did not have to compute, as another prompt
     with the same beginning had been there. ``startup_s`` of ``elapsed_s`` passed before the first
@@ -29,6 +30,7 @@ class Summary:
     failed_rows: int
     num_shards: int
     failed_shards: Mapping[str, str]
+    journaled_rows: int
     generated_rows: int
     generated_tokens: int
     sampled_tokens: int
@@ -62,9 +64,21 @@ class Summary:
                     "the column `error` of the output says why rows failed; "
                     "errors.max_failed_rows is how many may",
                 )
+            case OutcomeKind.CANARY_FAILED:
+                return TooManyFailuresError(
+                    self.message,
+                    "nothing else was run; mend the job and submit again. "
+                    "errors.canary_rows is how many rows are run first",
+                )
+            case OutcomeKind.LIMIT_REACHED:
+                return InterruptedRunError(
+                    f"{self.message}: {self._done} are done",
+                    "everything finished so far is kept; raise the limit, or submit again to go on "
+                    "with a new one",
+                )
             case OutcomeKind.INTERRUPTED:
                 return InterruptedRunError(
-                    f"{self.message}: {self.counts.rows:,} of {self.total_rows:,} rows are done",
+                    f"{self.message}: {self._done} are done",
                     "everything finished so far is kept; submit again to resume",
                 )
             case OutcomeKind.NO_WORKERS:
@@ -72,6 +86,11 @@ class Summary:
                     f"no worker could be started: {self.message}",
                     "`batchrun doctor` checks the machine; what is done is kept",
                 )
+
+    @property
+    def _done(self) -> str:
+        done = self.counts.rows + self.journaled_rows
+        return f"{done:,} of {self.total_rows:,} rows"
 
     def to_json(self) -> dict[str, object]:
         """Plain values for one JSON document."""
@@ -90,6 +109,7 @@ class Summary:
                 "total": self.total_rows,
                 "done": self.counts.rows,
                 "failed": self.failed_rows,
+                "journaled": self.journaled_rows,
                 "generated": self.generated_rows,
             },
             "shards": {

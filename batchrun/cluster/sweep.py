@@ -119,7 +119,7 @@ class _Sweep:
             tolerance=self._tolerance,
             results=results,
             base=self._base,
-            num_workers=resources.num_workers,
+            num_workers=resources.most_workers,
             price_per_worker_s=None if price is None else price / 3600,
             is_complete=len(results) == len(self._budgets)
             and all(item.is_finished for item in results),

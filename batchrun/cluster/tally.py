@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from batchrun.records import Counts, Part
+from batchrun.reports import FinishedLease, ReturnedLease, RunningLease, WorkReport
 
 _RATE_WINDOW_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A moment of a run, for people. ``done`` holds rows published and rows waiting for their
-    part alike; ``generated`` what this process's workers did, without what was there before."""
+    """A moment of a run, for people. ``done`` holds rows published, rows in the journal and rows
+    that wait for either; ``generated`` what this process's workers did, without what was there
+    before."""
 
     total_rows: int
     done: Counts
@@ -36,18 +38,29 @@ class Progress:
 
 
 @dataclass(slots=True)
+class _Worker:
+    """What a worker has said of all its work; kept when it is gone."""
+
+    sampled_tokens: int = 0
+    prefix_tokens: int = 0
+    discarded_tokens: int = 0
+    unsaved_tokens: int = 0
+
+
+@dataclass(slots=True)
 class Tally:
-    """Sums over shards: published ones once and for all, running ones by their attempt."""
+    """Sums over shards: of published ones once and for all, of others what their leases say."""
 
     total_rows: int
     num_shards: int
     before: Mapping[int, Part]
     published: dict[int, Counts] = field(init=False)
     failed: dict[int, int] = field(default_factory=dict)
-    discarded_tokens: int = 0
-    sampled_tokens: dict[str, int] = field(default_factory=dict)  # by worker, dead ones too
-    prefix_tokens: dict[str, int] = field(default_factory=dict)  # the same
-    _running: dict[str, tuple[str, Counts]] = field(default_factory=dict)
+    _workers: dict[str, _Worker] = field(default_factory=dict)
+    _running: dict[str, tuple[str, RunningLease]] = field(default_factory=dict)  # by attempt
+    _journaled: dict[int, Counts] = field(default_factory=dict)  # of shards without a part
+    _generated: Counts = field(default_factory=Counts)  # under leases that have ended
+    _lost_tokens: int = 0
     _published: Counts = field(init=False)
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
 
@@ -55,51 +68,104 @@ class Tally:
         self.published = {number: part.counts for number, part in self.before.items()}
         self._published = sum(self.published.values(), Counts())
 
-    def run(self, worker: str, attempt: str, counts: Counts) -> None:
-        """What a worker has finished of a shard that is not published yet."""
-        self._running[attempt] = (worker, counts)
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that all workers have sampled, dead ones too."""
+        return sum(worker.sampled_tokens for worker in self._workers.values())
 
-    def publish(self, attempt: str, part: Part) -> None:
-        """A shard is done; its rows no longer count as running."""
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of prompts that no worker had to compute."""
+        return sum(worker.prefix_tokens for worker in self._workers.values())
+
+    @property
+    def discarded_tokens(self) -> int:
+        """Tokens that were sampled for nothing: lost with a worker, or sampled twice."""
+        return self._lost_tokens + sum(w.discarded_tokens for w in self._workers.values())
+
+    @property
+    def journaled_rows(self) -> int:
+        """Rows that are safe in the journal of a shard without a part, as far as is known."""
+        running = sum(state.saved.rows for _, state in self._running.values())
+        return running + sum(counts.rows for counts in self._journaled.values())
+
+    def report(self, worker: str, report: WorkReport) -> None:
+        """What a worker says of its work as a whole, and of the leases that go on."""
+        own = self._workers.setdefault(worker, _Worker())
+        own.sampled_tokens = report.sampled_tokens
+        own.prefix_tokens = report.prefix_tokens
+        own.discarded_tokens = report.discarded_tokens
+        own.unsaved_tokens = report.unsaved_tokens
+        for state in report.running:
+            self._running[state.attempt] = (worker, state)
+            known = self._journaled.get(state.shard, Counts())
+            if state.shard not in self.published and state.known.rows > known.rows:
+                self._journaled[state.shard] = state.known  # by workers of an earlier submit
+
+    def end(self, finished: FinishedLease) -> None:
+        """A lease ended with all its rows."""
+        self._running.pop(finished.lease.attempt, None)
+        number = finished.lease.shard.number
+        if number in self.published:
+            return  # by another lease
+        self._generated += finished.fresh
+        if finished.part is None:
+            self._journal(number, finished.fresh)
+            return
+        self.published[number] = finished.part.counts
+        self._published += finished.part.counts
+        self._journaled.pop(number, None)
+        self.failed.pop(number, None)
+
+    def give_back(self, returned: ReturnedLease) -> None:
+        """A lease was given back; what it made is in the journal."""
+        _, state = self._running.pop(returned.attempt, ("", None))
+        if state is not None:
+            self._generated += returned.fresh
+            self._journal(state.shard, returned.fresh)
+
+    def give_up(self, attempt: str) -> None:
+        """A lease ended for nothing: its shard failed, or another was first."""
         self._running.pop(attempt, None)
-        if part.shard not in self.published:
-            self.published[part.shard] = part.counts
-            self._published += part.counts
-        self.failed.pop(part.shard, None)
 
     def fail(self, shard: int, num_rows: int) -> None:
         """A shard has failed for good; all its rows count as failed."""
         self.failed[shard] = num_rows
-
-    def give_up(self, attempt: str) -> None:
-        """An attempt ended without a part; what it made is lost."""
-        self._discard(attempt)
+        self._journaled.pop(shard, None)
 
     def lose(self, worker: str) -> None:
-        """A worker is lost, and with it the tokens that it made and did not publish."""
+        """A worker is lost, and with it the tokens that it had not made safe."""
+        own = self._workers.get(worker)
+        if own is not None:
+            self._lost_tokens += own.unsaved_tokens
+            own.unsaved_tokens = 0
         for attempt in [key for key, (owner, _) in self._running.items() if owner == worker]:
-            self._discard(attempt)
+            _, state = self._running.pop(attempt)
+            self._generated += state.saved
+            self._journal(state.shard, state.saved)
 
-    def _discard(self, attempt: str) -> None:
-        _, lost = self._running.pop(attempt, ("", Counts()))
-        self.discarded_tokens += lost.reasoning_tokens + lost.completion_tokens
+    def _journal(self, shard: int, counts: Counts) -> None:
+        if shard not in self.published and shard not in self.failed:
+            self._journaled[shard] = self._journaled.get(shard, Counts()) + counts
 
     def done(self) -> Counts:
-        """Rows published, waiting for their part, or failed with their shard."""
+        """Rows published, journaled, waiting for either, or failed with their shard."""
         lost = sum(self.failed.values())
         total = self._published + Counts(rows=lost, failed_rows=lost)
-        for _, counts in self._running.values():
+        for counts in self._journaled.values():
             total += counts
+        for _, state in self._running.values():
+            total += state.fresh
         return total
 
     def generated(self) -> Counts:
-        """:meth:`done` without what was there before this submit."""
-        return _difference(self.done(), sum((p.counts for p in self.before.values()), Counts()))
+        """What the workers of this submit have finished."""
+        return sum((state.fresh for _, state in self._running.values()), self._generated)
 
     def progress(self, now: float, started: float, workers: Mapping[str, int]) -> Progress:
         """The progress at ``now``; rates are over the last half minute."""
         done = self.done()
-        tokens = sum(self.sampled_tokens.values())
+        tokens = self.sampled_tokens
         self._samples.append((now, done.rows, tokens))
         while len(self._samples) > 2 and now - self._samples[0][0] > _RATE_WINDOW_S:
             self._samples.popleft()
@@ -121,16 +187,3 @@ class Tally:
             tokens_per_s=tokens_per_s,
             eta_s=left / rows_per_s if rows_per_s and left else (0.0 if not left else None),
         )
-
-
-def _difference(counts: Counts, before: Counts) -> Counts:
-    """Rows and tokens of ``counts`` without those of ``before``; scores have no use for it."""
-    return replace(counts, scores=None) + Counts(
-        -before.rows,
-        -before.failed_rows,
-        -before.prompt_tokens,
-        -before.reasoning_tokens,
-        -before.completion_tokens,
-        -before.thinking_budget_hits,
-        malformed_tool_calls=-before.malformed_tool_calls,
-    )

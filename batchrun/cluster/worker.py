@@ -16,14 +16,18 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from batchrun.job import Job
-from batchrun.records import Generated, Lease, Part
+from batchrun.records import Generated, Lease, Part, Shard
 
 if TYPE_CHECKING:
+    from batchrun.cluster.remains import Estate, Place
+    from batchrun.data.journal import Journal, JournalWriter
     from batchrun.data.schema import InputSchema
+    from batchrun.data.store import Store
     from batchrun.data.writer import PartFile, PartFormat
     from batchrun.engine.engine import Engine
     from batchrun.engine.options import EngineOptions
-    from batchrun.pipeline import Pipeline, WorkReport
+    from batchrun.pipeline import Pipeline
+    from batchrun.reports import WorkReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,17 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A worker that is ready: where it runs, how many sequences its engine runs at once."""
+    """A worker that is ready: where it runs, how many sequences its engine runs at once.
+
+    ``device`` names what it runs on among all machines, empty on a CPU; ``remains`` is where to
+    look when it has died.
+    """
 
     host: str
     pid: int
     node_id: str
+    device: str
+    remains: Place
     max_sequences: int
     max_model_len: int
     load_s: float
@@ -72,6 +82,7 @@ class Worker:
         self._settings = settings
         self._engine: Engine | None = None
         self._pipeline: Pipeline | None = None
+        self._estate: Estate | None = None
         self._draining = False
 
     def load(self) -> Loaded:
@@ -80,7 +91,7 @@ class Worker:
         from batchrun.llm import find_checkpoint
 
         started = time.monotonic()
-        # Ray ends a preempted node's processes with SIGTERM first: finish, start nothing new.
+        # Ray ends a preempted node's processes with SIGTERM first: make safe what there is.
         signal.signal(signal.SIGTERM, self._on_sigterm)
         job = self._settings.job
         folder = find_checkpoint(job.model.path, job.model_storage_options)
@@ -98,10 +109,13 @@ class Worker:
         return self._begin(started)
 
     def _begin(self, started: float) -> Loaded:
-        from batchrun.pipeline import Pipeline
+        from batchrun.cluster.remains import Estate
+        from batchrun.pipeline import BUILD_ROWS, Pipeline
 
         engine, settings = self._engine, self._settings
         assert engine is not None
+        if self._estate is None:
+            self._estate = Estate(engine.max_sequences + BUILD_ROWS)
         self._pipeline = Pipeline(
             settings.job,
             engine,
@@ -109,26 +123,35 @@ class Worker:
             settings.schema,
             settings.part_format,
             known=None if settings.source is None else self._known,
+            journals=_Journals(settings),
+            flight=self._estate.flight,
         )
         return Loaded(
             host=socket.gethostname(),
             pid=os.getpid(),
             node_id=_node_id(),
+            device=_device(),
+            remains=self._estate.place,
             max_sequences=engine.max_sequences,
             max_model_len=engine.max_model_len,
             load_s=time.monotonic() - started,
         )
 
-    def work(self, leases: tuple[Lease, ...], seconds: float) -> WorkReport:
-        """Take ``leases`` and work for about so long. See :meth:`Pipeline.work`."""
+    def work(
+        self, leases: tuple[Lease, ...], cancelled: tuple[str, ...], seconds: float, drain: bool
+    ) -> WorkReport:
+        """Drop the leases ``cancelled``, take new ones and work for about so long; with ``drain``
+        give everything back. See :meth:`Pipeline.work`."""
         pipeline = self._loaded()
+        for attempt in cancelled:
+            pipeline.cancel(attempt)
         for lease in leases:
             pipeline.start(lease)
-        pipeline.draining = self._draining
+        pipeline.draining = self._draining = self._draining or drain
         return pipeline.work(seconds)
 
     def finish(self, timeout_s: float) -> WorkReport:
-        """Publish what is complete and give up the rest. See :meth:`Pipeline.finish`."""
+        """Make safe what there is and give it back. See :meth:`Pipeline.finish`."""
         return self._loaded().finish(timeout_s)
 
     def _loaded(self) -> Pipeline:
@@ -175,6 +198,40 @@ class Worker:
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self._draining = True
+        if self._pipeline is not None:
+            self._pipeline.draining = True  # in the middle of its work
+
+
+class _Journals:
+    """The journals of a run, in its output."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._output = settings.job.output
+        self._run = settings.run
+        self._n = settings.part_format.n
+
+    def read(self, shard: Shard) -> Journal:
+        """What the journal of a shard holds."""
+        from batchrun.data.journal import read_journal
+
+        return read_journal(self._store(), self._run, shard, self._n)
+
+    def write(self, lease: Lease) -> JournalWriter:
+        """The journal of a lease."""
+        from batchrun.data.journal import JournalWriter
+
+        return JournalWriter(self._store(), self._run, lease)
+
+    def _store(self) -> Store:
+        from batchrun.data.store import Store
+
+        return Store.open(self._output.path, self._output.storage_options)
+
+
+def _device() -> str:
+    """The GPUs that Ray gave this process, told from those of all other machines."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return f"{socket.gethostname()}/GPU {gpus}" if gpus else ""
 
 
 def _node_id() -> str:

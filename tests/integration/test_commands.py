@@ -119,7 +119,7 @@ def test_submit_to_a_cluster_is_refused(
         ({"input": {"path": "/nowhere"}}, "input.path: /nowhere does not exist"),
         ({"generation": {"max_tokns": 3}}, "did you mean max_tokens"),
         ({"generation": {"tools": [{"nam": "f"}]}}, "generation.tools[0]: has no name"),
-        ({"limits": {"max_hours": 1}}, "not available in this version"),
+        ({"model": {"quantization": "int8"}}, "not available in this version"),
         ({"input": {"prompt_column": "text"}}, "no column 'text'"),
     ],
 )

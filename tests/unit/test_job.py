@@ -336,12 +336,6 @@ def test_a_wrong_value(tmp_path: Path, section: str, line: str, expected: str) -
         ("model", "kv_dtype: int8", "model.kv_dtype"),
         ("model", "kv_dtype: bfloat16", "model.kv_dtype"),
         ("schedule", '"0 2 * * *"', "schedule"),
-        ("errors", "canary_rows: 5", "errors.canary_rows"),
-        ("limits", "max_hours: 1", "limits.max_hours"),
-        ("limits", "max_tokens: 5", "limits.max_tokens"),
-        ("limits", "max_cost: 0.5", "limits.max_cost"),
-        ("checkpoint", "interval_s: 5", "checkpoint.interval_s"),
-        ("resources", "workers: {min: 1, max: 4}", "resources.workers"),
     ],
 )
 def test_what_is_not_built_is_refused(tmp_path: Path, section: str, line: str, key: str) -> None:
@@ -465,19 +459,26 @@ def test_what_is_built_is_accepted(tmp_path: Path) -> None:
     """Keys that only look like those that are refused are fine."""
     text = with_keys(
         model="kv_dtype: bfloat16\n  dtype: bfloat16\n  state_dtype: bfloat16",
-        resources="workers: {min: 2, max: 2}\n  price_per_gpu_hour: 1",
-        errors="max_failed_rows: 0.5\n  canary_rows: 0",
-        limits="max_hours: null",
-        checkpoint="interval_s: 30.0",
+        resources="workers: {min: 2, max: 4}\n  price_per_gpu_hour: 1",
+        errors="max_failed_rows: 0.5\n  canary_rows: 5",
+        limits="max_hours: 0.5\n  max_tokens: 10\n  max_cost: 0.5",
+        checkpoint="interval_s: 5",
         generation="tools: []\n  stop: END\n  logprobs: 1\n  max_thinking_tokens: 0\n"
         "  response_format: {type: choice, choices: [a]}",
         metrics="port: null",
         ray="runtime_env: {env_vars: {TOKENIZERS_PARALLELISM: 'false'}}",
     )
     job = parse_job(read(tmp_path, text))
-    assert job.resources.num_workers == 2
+    assert (job.resources.fewest_workers, job.resources.most_workers) == (2, 4)
     assert job.generation.stop == ("END",)
     assert job.errors.max_failed_rows == 0.5
+
+
+def test_a_limit_of_cost_needs_a_price(tmp_path: Path) -> None:
+    """Without a price, and with one of 0, it would never be reached."""
+    for resources in ("workers: 1", "price_per_gpu_hour: 0"):
+        [problem] = said(tmp_path, with_keys(limits="max_cost: 0.5", resources=resources))
+        assert "limits.max_cost: needs the price of a GPU" in problem
 
 
 def test_every_problem_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:

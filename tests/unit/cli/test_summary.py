@@ -23,6 +23,7 @@ def summary(counts: Counts) -> Summary:
         failed_rows=0,
         num_shards=1,
         failed_shards={},
+        journaled_rows=0,
         generated_rows=4,
         generated_tokens=10,
         sampled_tokens=10,

@@ -43,3 +43,25 @@ def test_what_a_cluster_has_not_is_said() -> None:
     shape = plan_shape(capacity, 1, None, "A100")
     with pytest.raises(ClusterError, match=r"A100.*2 nodes, 24 CPUs, 4 GPUs .*A10G"):
         capacity.require(shape)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shape", "places"),
+    [
+        ((CPU_NODE, CPU_NODE), WorkerShape(3, 0, None, 3), 4),
+        ((CPU_NODE, GPU_NODE), WorkerShape(1, 1, None, 4), 4),
+        ((CPU_NODE, GPU_NODE, GPU_NODE), WorkerShape(1, 1, "A10G", 4), 8),
+        ((GPU_NODE,), WorkerShape(1, 1, "A100", 4), 0),
+    ],
+)
+def test_room_for_the_fewest_workers(
+    nodes: tuple[Node, ...], shape: WorkerShape, places: int
+) -> None:
+    """So many workers fit as the nodes have room for together, and one more is an error that says
+    how many do."""
+    capacity = Capacity(nodes)
+    assert capacity.num_places(shape) == places
+    assert capacity.fits(shape, places) and not capacity.fits(shape, places + 1)
+    message = rf"room for {places} workers.*wants {places + 1}" if places else "no node can hold"
+    with pytest.raises(ClusterError, match=message):
+        capacity.require(shape, places + 1)

@@ -32,7 +32,7 @@ def result(
     summary = Summary(
         name="job", run_id=f"run-{name}", output=f"out/budget-{name}", outcome=outcome,
         message="told to stop", total_rows=100, counts=counts, failed_rows=0, num_shards=1,
-        prefix_tokens=0,
+        prefix_tokens=0, journaled_rows=0,
         failed_shards={}, generated_rows=100, generated_tokens=0, sampled_tokens=0,
         discarded_tokens=0, restarts=0, elapsed_s=1.0, startup_s=0.5,
     )  # fmt: skip
