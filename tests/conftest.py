@@ -11,10 +11,14 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+import s3fs
 from hypothesis import HealthCheck, settings
+
+from tests.radosgw import ACCESS_KEY, SECRET_KEY, radosgw
 
 # How long an example takes says something about the machine, nothing about a promise.
 settings.register_profile(
@@ -44,48 +48,63 @@ class S3Server:
         return {"endpoint_url": self.endpoint_url}
 
 
-@pytest.fixture(scope="session")
-def s3_process() -> Iterator[str]:
-    """The endpoint of a moto server in a process of its own, one for the whole session.
+_USE_RADOSGW = os.environ.get("BATCHRUN_TEST_RADOSGW") == "1"
 
+
+@pytest.fixture(scope="session")
+def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of an S3 server in processes of its own, one for the whole session.
+
+    It is moto's, or, with BATCHRUN_TEST_RADOSGW=1, Ceph's gateway, which looks at signatures too.
     Credentials and region stand in the environment from here on, so that processes which a test
     starts (Ray workers too) inherit them.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
+        # What S3 itself wants since 2025, other services do not know yet.
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
         patch.delenv("AWS_PROFILE", raising=False)
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=dict(os.environ),
-        )
-        try:
-            endpoint = f"http://127.0.0.1:{port}"
-            _wait_until_up(endpoint, server)
-            yield endpoint
-        finally:
-            server.terminate()
-            server.wait(timeout=10)
+        if _USE_RADOSGW:
+            with radosgw(tmp_path_factory.mktemp("radosgw")) as gateway:
+                yield gateway.endpoint_url
+        else:
+            with _moto() as endpoint:
+                yield endpoint
+
+
+@contextmanager
+def _moto() -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
+    try:
+        endpoint = f"http://127.0.0.1:{port}"
+        _wait_until_up(endpoint, server)
+        yield endpoint
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
 
 
 @pytest.fixture
 def s3_server(s3_process: str) -> S3Server:
     """The S3 server with a fresh, empty bucket."""
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    request = urllib.request.Request(f"{s3_process}/{bucket}", method="PUT")
-    with urllib.request.urlopen(request) as answer:
-        assert answer.status == 200
+    s3fs.S3FileSystem(endpoint_url=s3_process).mkdir(bucket)
     return S3Server(s3_process, bucket)
 
 

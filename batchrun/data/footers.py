@@ -49,7 +49,7 @@ class InputFile:
         return sum(group.num_rows for group in self.row_groups)
 
 
-def open_parquet(source: BinaryIO, name: str, *, pre_buffer: bool = False) -> pq.ParquetFile:
+def open_parquet(source: BinaryIO, name: str) -> pq.ParquetFile:
     """``source`` as a Parquet file, with limits on what its footer may ask for.
 
     Raises :class:`~batchrun.errors.InputError` naming ``name`` and what is wrong: empty, not
@@ -78,8 +78,8 @@ def open_parquet(source: BinaryIO, name: str, *, pre_buffer: bool = False) -> pq
     try:
         return pq.ParquetFile(
             source,
-            pre_buffer=pre_buffer,
-            buffer_size=0 if pre_buffer else 1 << 20,
+            pre_buffer=False,
+            buffer_size=1 << 20,
             thrift_string_size_limit=_MAX_FOOTER_BYTES,
             thrift_container_size_limit=_MAX_THRIFT_ITEMS,
         )
@@ -87,6 +87,18 @@ def open_parquet(source: BinaryIO, name: str, *, pre_buffer: bool = False) -> pq
         raise InputError(
             f"input: the footer of {name} is damaged ({_short(error)})", "write the file again"
         ) from error
+
+
+def ahead_of(parquet: pq.ParquetFile, source: Any) -> pq.ParquetFile:
+    """The same file as ``parquet``, which fetches at once all that is asked of it together."""
+    return pq.ParquetFile(
+        source,
+        metadata=parquet.metadata,
+        pre_buffer=True,
+        buffer_size=0,
+        thrift_string_size_limit=_MAX_FOOTER_BYTES,
+        thrift_container_size_limit=_MAX_THRIFT_ITEMS,
+    )
 
 
 def open_ranged(fs: Any, location: str, *, block_bytes: int) -> BinaryIO:

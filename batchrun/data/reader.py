@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.data.border import Fault, Role, classify, filesystem, translate
-from batchrun.data.footers import open_parquet, open_ranged
+from batchrun.data.footers import ahead_of, open_parquet, open_ranged
 from batchrun.data.inputs import fingerprint
 from batchrun.data.schema import InputSchema
 from batchrun.data.types import as_bytes, convert, decode, is_valid, with_valid_text
@@ -22,7 +22,8 @@ from batchrun.rows import Rows
 
 _MAX_BATCH_ROWS = 256
 _MAX_BATCH_BYTES = 16 << 20
-# Row groups up to this size are fetched in few large requests, bigger ones as they are decoded.
+# So much is fetched ahead in few large requests: the next row groups that fit together. One that is
+# bigger is fetched as it is decoded.
 _MAX_PRE_BUFFER_BYTES = 64 << 20
 _BLOCK_BYTES = 4 << 20
 
@@ -141,20 +142,34 @@ class ShardReader:
         self._source = source
         guarded = _GuardedFile(source, self.shard.uri)
         parquet = open_parquet(guarded, self.shard.uri)  # type: ignore[arg-type]
-        if self._fits_in_memory(parquet):
-            parquet = open_parquet(guarded, self.shard.uri, pre_buffer=True)  # type: ignore[arg-type]
-        self._batches = self._cut(parquet)
+        self._batches = self._cut(parquet, guarded)
         return next(self._batches, None)
 
-    def _fits_in_memory(self, parquet: pq.ParquetFile) -> bool:
-        groups = [parquet.metadata.row_group(number) for number in self.shard.row_groups]
-        return all(
-            sum(group.column(index).total_compressed_size for index in range(group.num_columns))
-            <= _MAX_PRE_BUFFER_BYTES
-            for group in groups
-        )
+    def _fetches(
+        self, parquet: pq.ParquetFile, groups: list[int]
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Row groups to fetch together, in order, and whether they fit in the memory for that."""
+        columns = set(self._schema.columns.all)
+        leaves = [
+            index
+            for index in range(parquet.metadata.num_columns)
+            if parquet.schema.column(index).path.partition(".")[0] in columns
+            or parquet.schema.column(index).path in columns
+        ]
+        together: list[int] = []
+        num_bytes = 0
+        for number in groups:
+            group = parquet.metadata.row_group(number)
+            size = sum(max(0, group.column(index).total_compressed_size) for index in leaves)
+            if together and num_bytes + size > _MAX_PRE_BUFFER_BYTES:
+                yield together, num_bytes <= _MAX_PRE_BUFFER_BYTES
+                together, num_bytes = [], 0
+            together.append(number)
+            num_bytes += size
+        if together:
+            yield together, num_bytes <= _MAX_PRE_BUFFER_BYTES
 
-    def _cut(self, parquet: pq.ParquetFile) -> Iterator[_Cut]:
+    def _cut(self, parquet: pq.ParquetFile, source: _GuardedFile) -> Iterator[_Cut]:
         """Batches of exactly the wanted rows in the types of the run, each with the ordinal of its
         first row."""
         metadata = parquet.metadata
@@ -174,12 +189,8 @@ class ShardReader:
         row_bytes = max(1, num_bytes // max(1, sum(num_rows for _, num_rows in places)))
         left = len(self._wanted)
         ordinals = _Ordinals(places)
-        for batch in parquet.iter_batches(
-            batch_size=max(1, min(_MAX_BATCH_ROWS, _MAX_BATCH_BYTES // row_bytes)),
-            row_groups=read,
-            columns=list(self._schema.columns.all),
-            use_threads=False,
-        ):
+        size = max(1, min(_MAX_BATCH_ROWS, _MAX_BATCH_BYTES // row_bytes))
+        for batch in self._decode(parquet, source, read, size):
             for first, piece in ordinals.split(batch):
                 here = Rows.of_ranges([(max(0, first), first + piece.num_rows)]) & self._wanted
                 for start, end in here.ranges:
@@ -187,6 +198,18 @@ class ShardReader:
                 left -= len(here)
             if left <= 0:
                 return
+
+    def _decode(
+        self, parquet: pq.ParquetFile, source: _GuardedFile, groups: list[int], batch_size: int
+    ) -> Iterator[pa.RecordBatch]:
+        """The row groups' batches, of a fetch after the other."""
+        for together, fits in self._fetches(parquet, groups):
+            yield from (ahead_of(parquet, source) if fits else parquet).iter_batches(
+                batch_size=batch_size,
+                row_groups=together,
+                columns=list(self._schema.columns.all),
+                use_threads=False,
+            )
 
     def _keep_carried(self, batch: pa.RecordBatch) -> None:
         schema = self._schema.carried

@@ -302,6 +302,36 @@ def test_an_object_replaced_while_it_is_read_is_a_shard_error(
             list(reader)
 
 
+def test_no_more_is_fetched_ahead_than_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard of many small row groups is fetched a few of them at a time, its own columns only."""
+    texts = [os.urandom(50).hex() for _ in range(10_000)]
+    data = {"prompt": texts, "other": [text[::-1] * 5 for text in texts]}
+    path = write(tmp_path / "a.parquet", data, row_group_size=500, use_dictionary=False)
+    (shard,), schema, _ = planned(tmp_path, PROMPT)
+    group = pq.ParquetFile(path).metadata.row_group(0).column(0).total_compressed_size
+    monkeypatch.setattr(reader_module, "_MAX_PRE_BUFFER_BYTES", int(3.5 * group))
+    spans: list[tuple[int, int]] = []
+    read = reader_module._GuardedFile.read
+
+    def counted(self: reader_module._GuardedFile, size: int = -1) -> bytes:
+        start = self.tell()
+        data = read(self, size)
+        spans.append((start, len(data)))
+        return data
+
+    monkeypatch.setattr(reader_module._GuardedFile, "read", counted)
+    with ShardReader(shard, schema) as reader:
+        found = [next(reader)]
+        reader._next.result()
+        big = [size for _, size in spans if size > group // 2]
+        assert len(big) == 3 and sum(big) < 4 * group
+        found += list(reader)
+    assert texts == [row.values["prompt"] for row in found]
+    assert sum(size for _, size in spans) < 25 * group, "the other column was never fetched"
+
+
 def test_lost_storage_is_not_blamed_on_the_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
