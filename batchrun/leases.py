@@ -56,6 +56,7 @@ class OpenRow:
     started_at: float | None = None  # when a sample was first seen to have a slot
     queued_s: float | None = None
     prefix_tokens: dict[int, int] = field(default_factory=dict)  # of samples
+    num_known: dict[int, int] = field(default_factory=dict)  # tokens that samples came with
     num_retries: dict[int, int] = field(default_factory=dict)  # of samples
     num_scoring: int = 0  # samples that wait for their verdict
     finished: list[Completion] = field(default_factory=list)
@@ -79,6 +80,7 @@ class _Flush:
     finished: list[Completion]
     counts: Counts
     num_bytes: int
+    num_tokens: int
     sampled: dict[tuple[int, int], int]
     started_at: float
 
@@ -113,6 +115,7 @@ class OpenLease:
         self._unsaved = Counts()
         self._finished: list[Completion] = []
         self._num_bytes = 0
+        self._num_tokens = 0
         self._sampled: dict[tuple[int, int], int] = {}  # what the journal has of running samples
         self._flush: _Flush | None = None
         self._flushed_at = now
@@ -176,13 +179,15 @@ class OpenLease:
             for sample in samples
         }
 
-    def add(self, completion: Completion) -> None:
-        """A finished sample."""
+    def add(self, completion: Completion, num_known: int = 0) -> None:
+        """A finished sample; ``num_known`` of its tokens came with its request."""
         if self.writer is not None:
             self.writer.add(completion)
         self._finished.append(completion)
         self._num_bytes += _size(completion)
-        self._sampled.pop((completion.ordinal, completion.sample), None)
+        saved = self._sampled.pop((completion.ordinal, completion.sample), 0)
+        num_tokens = completion.reasoning_tokens + completion.completion_tokens
+        self._num_tokens += max(0, num_tokens - max(saved, num_known))
 
     def count(self, counts: Counts) -> None:
         """A row is finished that was not in the journal."""
@@ -198,9 +203,8 @@ class OpenLease:
 
     @property
     def unsaved_tokens(self) -> int:
-        """Sampled tokens of finished rows that would be lost with the worker."""
-        unsaved = self.state.unsaved
-        return unsaved.reasoning_tokens + unsaved.completion_tokens
+        """Sampled tokens of finished samples that would be lost with the worker."""
+        return self._num_tokens + (0 if self._flush is None else self._flush.num_tokens)
 
     def is_due(self, now: float, interval_s: float) -> bool:
         """Whether it is time for the journal: after the interval, when there is much, and when a
@@ -231,11 +235,12 @@ class OpenLease:
         finished, self._finished = self._finished, []
         counts, self._unsaved = self._unsaved, Counts()
         num_bytes, self._num_bytes = self._num_bytes, 0
+        num_tokens, self._num_tokens = self._num_tokens, 0
         if not finished and not tails:
             self._saved += counts
             return
         future = executor.submit(journal.flush, finished, tails)
-        self._flush = _Flush(future, finished, counts, num_bytes, sampled, now)
+        self._flush = _Flush(future, finished, counts, num_bytes, num_tokens, sampled, now)
 
     def end_flush(self) -> float | None:
         """Take note of a flush that ended; when it began, or None when storage failed.
@@ -253,6 +258,7 @@ class OpenLease:
             self._finished = flush.finished + self._finished
             self._unsaved = flush.counts + self._unsaved
             self._num_bytes += flush.num_bytes
+            self._num_tokens += flush.num_tokens
             return None
         self._num_failed_flushes = 0
         self._saved += flush.counts

@@ -386,9 +386,13 @@ class Pipeline:
                 open_row.num_retries[output.sample] = num_retries + 1
                 open_row.owner.forget(open_row.row.ordinal, output.sample)
                 # Without what it took over: that may be what is wrong with it.
-                self._engine.add(replace(open_row.missing[output.sample], generated=None))
+                request = replace(open_row.missing[output.sample], generated=None)
+                open_row.missing[output.sample] = request
+                self._engine.add(request)
                 return
-        del open_row.missing[output.sample]
+        request = open_row.missing.pop(output.sample)
+        if request.generated is not None:
+            open_row.num_known[output.sample] = len(request.generated.token_ids)
         if not open_row.missing:
             self._leave_slot(open_row)
         queued_s = output.timings.queued_s
@@ -428,7 +432,7 @@ class Pipeline:
     def _record(self, open_row: OpenRow, completion: Completion) -> None:
         owner = open_row.owner
         completion = self._scored(completion, open_row.row.answer)
-        owner.add(completion)
+        owner.add(completion, open_row.num_known.get(completion.sample, 0))
         open_row.finished.append(completion)
         prefix_tokens = open_row.prefix_tokens.get(completion.sample, 0)
         self._recorder.add(TOKENS, completion.prompt_tokens - prefix_tokens, kind="prompt")
