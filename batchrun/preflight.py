@@ -58,10 +58,12 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Every problem of a job's surroundings, and what is known of them."""
+    """Every problem of a job's surroundings, and what is known of them: ``files`` are those of the
+    input that can be read."""
 
     problems: tuple[Problem, ...]
     facts: Facts
+    files: tuple[InputFile, ...] = ()
 
 
 def check_job(job: Job, source: JobSource | None = None) -> list[Problem]:
@@ -87,7 +89,8 @@ def inspect_job(
     inspector.check_output()
     if inspector.unreachable is not None and len(inspector.problems) == inspector.num_unreachable:
         raise inspector.unreachable
-    return Inspection(tuple(dict.fromkeys(inspector.problems)), inspector.facts)
+    problems = tuple(dict.fromkeys(inspector.problems))
+    return Inspection(problems, inspector.facts, inspector.files)
 
 
 class _Inspector:
@@ -97,6 +100,7 @@ class _Inspector:
         self.bad = bad
         self.problems: list[Problem] = []
         self.facts = Facts()
+        self.files: tuple[InputFile, ...] = ()
         self.unreachable: StorageError | None = None
         self.num_unreachable = 0
 
@@ -120,6 +124,7 @@ class _Inspector:
         if found is None:
             return
         files, problems = found
+        self.files = tuple(files)
         for problem in problems[:_MAX_FILE_PROBLEMS]:
             self._add_error(("input", "path"), problem)
         if len(problems) > _MAX_FILE_PROBLEMS:

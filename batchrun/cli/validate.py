@@ -8,10 +8,11 @@ import click
 
 from batchrun.cli import echo_error
 from batchrun.cli.options import debug_option, echo_json, job_argument, json_option, set_option
-from batchrun.errors import JobError, Problem
+from batchrun.errors import JobError, OutputError, Problem
 
 if TYPE_CHECKING:
     from batchrun.job import Job
+    from batchrun.jobfile import JobSource
     from batchrun.preflight import Facts
 
 
@@ -40,6 +41,8 @@ def command(job_path: str, overrides: tuple[str, ...], as_json: bool) -> int:
             inspection = inspect_job(reading.job, source, reading.bad)
             facts = inspection.facts
             problems = in_order((*problems, *inspection.problems))
+            if not problems:
+                problems = _held(reading.job, source)
         if problems:
             raise JobError(problems)
     except JobError as error:
@@ -52,6 +55,18 @@ def command(job_path: str, overrides: tuple[str, ...], as_json: bool) -> int:
     else:
         echo_error(_text(job_path, reading.job, facts))
     return 0
+
+
+def _held(job: Job, source: JobSource) -> tuple[Problem, ...]:
+    """The problem that the output holds another job's run, or files of nobody's."""
+    from batchrun.cluster.opening import check_holder
+
+    try:
+        check_holder(job)
+    except OutputError as error:
+        place, message = source.place(("output", "path")), error.message.removeprefix("output: ")
+        return (Problem(place, "output.path", message, error.hint),)
+    return ()
 
 
 def _plain(problem: Problem) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from batchrun import __version__
 from batchrun.data.checkpoints import fetch, is_remote, remote_fingerprint
-from batchrun.data.inputs import list_input
+from batchrun.data.inputs import InputFile, list_input
 from batchrun.data.layout import canonical_json, run_id
 from batchrun.data.plan import PlanRule
 from batchrun.data.run import OpenedRun, check_output, open_run
@@ -20,7 +20,7 @@ from batchrun.job import Job
 from batchrun.jobfile import JobSource
 from batchrun.llm import TINY, find_checkpoint
 from batchrun.model.checkpoint import checkpoint_fingerprint
-from batchrun.preflight import check_job
+from batchrun.preflight import inspect_job
 from batchrun.prompts import input_columns
 
 _LICENSES = (("Apache License", "Apache-2.0"), ("MIT License", "MIT"))
@@ -29,13 +29,15 @@ _LICENSES = (("Apache License", "Apache-2.0"), ("MIT License", "MIT"))
 @dataclass(frozen=True, slots=True)
 class CheckedJob:
     """A job that can run: nothing is written yet. ``semantic`` is what makes its content; with
-    ``keeps_traces`` its run keeps the sampled tokens beside its parts."""
+    ``keeps_traces`` its run keeps the sampled tokens beside its parts. ``files`` are those of the
+    input, whose footers have been read."""
 
     job: Job
     store: Store
     semantic: dict[str, object]
     model_license: str | None
     keeps_traces: bool = False
+    files: tuple[InputFile, ...] = ()
 
     def variant(self, job: Job) -> CheckedJob:
         """Another job, which differs from this one only in how it thinks and in its output.
@@ -45,7 +47,7 @@ class CheckedJob:
         semantic = {**job.semantic(), "checkpoint": self.semantic["checkpoint"]}
         store = Store.open(job.output.path, job.output.storage_options)
         check_output(store, semantic)
-        return CheckedJob(job, store, semantic, self.model_license)
+        return CheckedJob(job, store, semantic, self.model_license, files=self.files)
 
     @property
     def run(self) -> str:
@@ -79,7 +81,7 @@ class CheckedJob:
         rows, generation = self.job.input, self.job.generation
         rule = PlanRule(input_columns(self.job), generation.max_tokens, generation.n, rows.limit)
         paths = rows.path if isinstance(rows.path, str) else list(rows.path)
-        files = list_input(paths, rows.storage_options)
+        files = list_input(paths, rows.storage_options, known=self.files)
         return open_run(self.store, self.semantic, self.job.redacted(), files, rule)
 
 
@@ -88,14 +90,23 @@ def check(job: Job, source: JobSource | None) -> CheckedJob:
 
     Raises JobError with every problem, OutputError when the output holds another job's run.
     """
-    problems = check_job(job, source)
-    if problems:
-        raise JobError(tuple(problems))
+    inspection = inspect_job(job, source)
+    if inspection.problems:
+        raise JobError(inspection.problems)
     folder, fingerprint = _look_at_checkpoint(job)
     semantic = {**job.semantic(), "checkpoint": fingerprint}
     store = Store.open(job.output.path, job.output.storage_options)
     check_output(store, semantic)
-    return CheckedJob(job, store, semantic, read_license(folder))
+    return CheckedJob(job, store, semantic, read_license(folder), files=inspection.files)
+
+
+def check_holder(job: Job) -> None:
+    """Raise OutputError if the output of a job that is well otherwise holds anything but its run.
+
+    Only reads.
+    """
+    semantic = {**job.semantic(), "checkpoint": _look_at_checkpoint(job)[1]}
+    check_output(Store.open(job.output.path, job.output.storage_options), semantic)
 
 
 def _look_at_checkpoint(job: Job) -> tuple[Path, str]:

@@ -6,7 +6,7 @@ import os
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from batchrun.data.border import Role, border, check_url, filesystem, local_path, scheme_of
@@ -48,14 +48,17 @@ class _Found:
 
 
 def list_input(
-    paths: str | Sequence[str], storage_options: Mapping[str, object] | None = None
+    paths: str | Sequence[str],
+    storage_options: Mapping[str, object] | None = None,
+    known: Sequence[InputFile] = (),
 ) -> list[InputFile]:
     """The files of the input in name order, each path of the job in the job's order.
 
+    Footers of ``known`` files are not read again where the listing says that nothing changed.
     Raises one :class:`~batchrun.errors.InputError` that names every problem found; see
     :func:`find_input` for them one by one. StorageError when storage cannot be reached.
     """
-    files, problems = find_input(paths, storage_options)
+    files, problems = find_input(paths, storage_options, known)
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -67,7 +70,9 @@ def list_input(
 
 
 def find_input(
-    paths: str | Sequence[str], storage_options: Mapping[str, object] | None = None
+    paths: str | Sequence[str],
+    storage_options: Mapping[str, object] | None = None,
+    known: Sequence[InputFile] = (),
 ) -> tuple[list[InputFile], list[BatchrunError]]:
     """The usable files of the input, and everything that is wrong with the rest.
 
@@ -86,10 +91,14 @@ def find_input(
         except BatchrunError as error:
             problems.append(error)
     names = _names(list(found.values()))
+    by_uri = {file.uri: file for file in known}
 
     def read(item: _Found) -> InputFile | BatchrunError:
         try:
             check_url(item.uri, Role.INPUT)
+            before = by_uri.get(item.uri)
+            if before is not None and _is_unchanged(before, item):
+                return replace(before, path=names[item.uri])
             return read_footer(item.fs, item.location, item.uri, names[item.uri], item.info)
         except BatchrunError as error:
             return error
@@ -102,6 +111,11 @@ def find_input(
             else:
                 problems.append(outcome)
     return files, problems
+
+
+def _is_unchanged(file: InputFile, found: _Found) -> bool:
+    now = (int(found.info["size"]), str(found.info["fingerprint"]))
+    return now == (file.size_bytes, file.fingerprint)
 
 
 def _list_entry(entry: str, storage_options: Mapping[str, object] | None) -> list[_Found]:

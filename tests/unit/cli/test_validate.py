@@ -72,6 +72,28 @@ def test_every_problem_of_file_and_surroundings(here: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("held", ["part-000000-00000000.parquet", "run"])
+def test_an_output_that_is_held(here: Path, held: str) -> None:
+    """Another job's run, or a part of nobody's, is a problem here as it is at submit."""
+    Path("out").mkdir()
+    if held == "run":
+        record = Path("out/_batchrun/0123456789abcdef/job.json")
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"semantic": {"generation": {"temperature": 5}}}))
+        said = "holds the run of another job; what changed: "
+        hint = "--keep-finished"
+    else:
+        Path("out", held).write_bytes(b"foreign")
+        said = f"already holds {held}, which no run of batchrun wrote"
+        hint = "choose an empty folder"
+    code, out, err = run("validate", "job.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith("job.yaml:5: output.path: ")
+    assert said in err and hint in err
+    code, out, _ = run("validate", "job.yaml", "--json")
+    assert (code, json.loads(out)["problems"][0]["key"]) == (2, "output.path")
+
+
 def test_a_response_format(here: Path) -> None:
     """What is wrong inside a schema, or shows only when it is compiled, is said at its line."""
     text = Path("job.yaml").read_text()

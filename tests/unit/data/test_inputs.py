@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from batchrun.data import inputs as inputs_module
 from batchrun.data.inputs import InputColumns, find_input, list_input
 from batchrun.data.store import Store
 from batchrun.errors import InputError
@@ -254,3 +256,31 @@ def test_any_url_of_fsspec_is_an_input() -> None:
         pq.write_table(pa.table(prompts(2)), sink)
     (file,) = list_input("memory://batchrun-test/in")
     assert (file.path, file.num_rows) == ("a.parquet", 2)
+
+
+def test_footers_of_known_files_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one listing read, the next one takes over, but of files that changed meanwhile."""
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.parquet", prompts(3))
+    known = list_input(str(tmp_path))
+    write(tmp_path / "b.parquet", prompts(4))
+    write(tmp_path / "d.parquet", prompts(5))
+    (tmp_path / "c.parquet").unlink()
+    read: list[str] = []
+    real = inputs_module.read_footer
+
+    def counted(fs: Any, location: str, *rest: Any) -> Any:
+        read.append(Path(location).name)
+        return real(fs, location, *rest)
+
+    monkeypatch.setattr(inputs_module, "read_footer", counted)
+    files = list_input(str(tmp_path), known=known)
+    assert sorted(read) == ["b.parquet", "d.parquet"]
+    assert [(file.path, file.num_rows) for file in files] == [
+        ("a.parquet", 3),
+        ("b.parquet", 4),
+        ("d.parquet", 5),
+    ]
+    assert list_input(str(tmp_path / "a.parquet"), known=known)[0].path == "a.parquet"
