@@ -30,6 +30,7 @@ from batchrun.data.lock import RunLock
 from batchrun.data.run import OpenedRun
 from batchrun.data.strikes import read_strikes, write_strike
 from batchrun.data.sweeper import JournalSweeper
+from batchrun.data.traffic import traffic
 from batchrun.errors import InterruptedRunError, StorageError
 from batchrun.events import (
     CancelLease,
@@ -509,6 +510,9 @@ class _Driver:
             self._metrics.set(ETA, progress.eta_s)
         for state, count in progress.workers.items():
             self._metrics.set(WORKERS, count, state=state)
+        requests = Recorder()
+        traffic().record(requests)
+        self._metrics.merge("driver", requests.take())
 
     def _save(self, progress: Progress) -> None:
         with contextlib.suppress(StorageError):  # what may be lost must not end a run
