@@ -55,7 +55,13 @@ def test_submit_status_discard(work: Work, batchrun: Callable[..., Command], cal
     # Nothing is left to do: no Ray is started for that.
     code, out, err = call("submit", job, "-q", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out)["rows"] == {"total": 3, "done": 3, "failed": 0, "generated": 0}
+    assert json.loads(out)["rows"] == {
+        "total": 3,
+        "done": 3,
+        "failed": 0,
+        "journaled": 0,
+        "generated": 0,
+    }
 
     code, out, err = call("discard", work.folder / "out", "--yes")
     assert (code, out) == (0, "")
@@ -71,7 +77,7 @@ def test_run_joins_a_cluster(work: Work, batchrun: Callable[..., Command], clust
     code, out, err = batchrun("run", work.job_file(), "--address", cluster, "--json").end()
     assert (code, json.loads(out)["rows"]) == (
         3,
-        {"total": 3, "done": 3, "failed": 1, "generated": 3},
+        {"total": 3, "done": 3, "failed": 1, "journaled": 0, "generated": 3},
     ), err
     assert "error: 1 of 3 rows failed" in err
     import ray
