@@ -64,8 +64,8 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
     def absent(key: str, what: str, hint: str) -> Violation:
         return Violation(tuple(key.split(".")), f"{what} {_ABSENT}", hint, (key,))
 
-    if model["quantization"] != "none":
-        yield absent("model.quantization", f"{model['quantization']} quantization", "write none")
+    if model["quantization"] == "int4":
+        yield absent("model.quantization", "int4 quantization", "write int8 or none")
     if model["kv_dtype"] == "int8":
         yield absent("model.kv_dtype", "an int8 KV cache", "write auto")
     if model["kv_dtype"] == "bfloat16" and model["dtype"] != "bfloat16":

@@ -163,6 +163,7 @@ class Worker:
         options = EngineOptions(
             dtype=job.model.dtype,
             state_dtype=job.model.state_dtype,
+            quantization=job.model.quantization,
             max_model_len=job.model.max_model_len,
             max_sequences=None if wanted == "auto" else wanted,
             deterministic=settings.deterministic,

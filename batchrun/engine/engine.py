@@ -25,9 +25,9 @@ from batchrun.engine.thinking import ForcedClose, Thinking
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.engine.transcript import Transcript
 from batchrun.errors import RequestError
-from batchrun.model.checkpoint import expected_tensors
 from batchrun.model.config import ModelConfig, load_config
 from batchrun.model.hybrid import NemotronH
+from batchrun.model.sizes import Quantization, count_weights
 from batchrun.model.weights import load_model
 from batchrun.records import ErrorKind, FinishReason, RowError
 
@@ -153,7 +153,8 @@ class Engine:
             raise RequestError(
                 f"device {options.device!r}: torch finds {torch.cuda.device_count()} GPUs here"
             )
-        weight_bytes = _weight_bytes(config, dtype.itemsize)
+        quantization = Quantization(options.quantization)
+        weight_bytes = count_weights(config).memory_bytes(dtype.itemsize, quantization)
         is_small = device.type == "cpu" and weight_bytes < _SMALL_BYTES
         if options.deterministic or is_small:
             # A sum shared by threads depends on how many there are, and threads that wait for one
@@ -181,7 +182,7 @@ class Engine:
                 most_snapshots=options.most_snapshots,
             ),
         )
-        model: NemotronH = load_model(folder, config, dtype, device)
+        model: NemotronH = load_model(folder, config, dtype, device, quantization)
         runner = ModelRunner(
             model,
             plan,
@@ -478,13 +479,3 @@ def _error_output(request: Request, error: RowError) -> Output:
         prompt_tokens=len(request.prompt_token_ids),
         error=error,
     )
-
-
-def _weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    total = 0
-    for shape in expected_tensors(config).values():
-        size = dtype_bytes
-        for length in shape:
-            size *= length
-        total += size
-    return total

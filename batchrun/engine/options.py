@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from batchrun.errors import RequestError
+from batchrun.model.sizes import Quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ABSENT = "is not available in this version"
 _GPU_SHARE = 0.92
 """Of a GPU's memory; the rest is for the CUDA context and fragmentation."""
 
@@ -21,6 +23,8 @@ class EngineOptions:
     """Options of :meth:`~batchrun.engine.engine.Engine.load`.
 
     ``dtype`` auto is bfloat16 on a GPU and float32 on a CPU; ``state_dtype`` auto is float32.
+    ``quantization`` int8 makes the matrices 8-bit integers while they are loaded: half the bytes
+    of bfloat16. ``kv_dtype`` is that of keys and values: auto or the model's.
     ``max_model_len`` bounds prompt + output; None = the checkpoint's, as far as memory holds one
     sequence. ``max_sequences`` run at once at most; None = as many as are useful and fit.
     ``max_batch_tokens`` go through the model in one step, beyond one for each decoding sequence.
@@ -36,6 +40,8 @@ class EngineOptions:
 
     dtype: str = "auto"
     state_dtype: str = "auto"
+    quantization: str = "none"
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     max_sequences: int | None = None
     max_batch_tokens: int = 2048
@@ -50,8 +56,14 @@ class EngineOptions:
             value = getattr(self, name)
             if value != "auto" and value not in _DTYPES:
                 raise RequestError(f"{name} must be auto, bfloat16 or float32, not {value!r}")
+        if self.quantization not in list(Quantization):
+            raise RequestError(f"quantization {self.quantization!r} {_ABSENT}", "use int8 or none")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise RequestError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        if self.kv_dtype not in ("auto", str(self.torch_dtype).removeprefix("torch.")):
+            raise RequestError(
+                f"kv_dtype {self.kv_dtype!r} beside dtype {self.dtype!r} {_ABSENT}", "use auto"
+            )
         for name in ("max_model_len", "max_sequences", "max_batch_tokens", "num_threads"):
             value = getattr(self, name)
             if value is None and name != "max_batch_tokens":

@@ -70,7 +70,7 @@ class NemotronH(nn.Module):
 
     Parameters carry the names of published checkpoints (``backbone.layers.0.mixer.in_proj.weight``
     and so on). Built under ``torch.device("meta")`` it allocates nothing. With
-    ``tie_word_embeddings`` the logits are made by the embeddings, and there is no ``lm_head``.
+    ``tie_word_embeddings`` the logits are made by the embeddings, and ``lm_head`` is None.
     ``ops`` overrides the operators that :func:`select_ops` would choose for the device.
     """
 
@@ -79,6 +79,7 @@ class NemotronH(nn.Module):
         self.config = config
         self.ops = ops
         self.backbone = Backbone(config)
+        self.lm_head: nn.Module | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -92,5 +93,7 @@ class NemotronH(nn.Module):
         ops = self.ops or select_ops(batch.token_ids.device).ops
         h = self.backbone(batch, state, ops)
         h = self.backbone.norm_f(h[batch.logit_rows])  # [L, hidden]
-        head = self.backbone.embeddings if self.config.tie_word_embeddings else self.lm_head
-        return torch.nn.functional.linear(h, head.weight).float()
+        if self.lm_head is None:
+            return torch.nn.functional.linear(h, self.backbone.embeddings.weight).float()
+        logits: Tensor = self.lm_head(h)
+        return logits.float()

@@ -360,6 +360,19 @@ def test_bfloat16_runs(random_folder: Path) -> None:
     assert run_one(engine, [1, 50], max_tokens=9, ignore_eos=True).num_completion_tokens == 9
 
 
+def test_int8_is_the_same_for_any_batch(random_folder: Path) -> None:
+    """Quantised weights: a sequence alone gives the tokens that it gives among others, and the
+    memory plan counts the bytes that the weights take."""
+    engine = make_engine(random_folder, quantization="int8")
+    held = sum(parameter.nbytes for parameter in engine.runner.model.parameters())
+    assert engine.memory.weight_bytes == held
+    requests = mixed_requests(12)
+    together = run(engine, requests)
+    assert len(together) == 12
+    for request in requests:
+        assert same(run(engine, [request])[request.key, 0], together[request.key, 0])
+
+
 def test_a_length_beyond_memory_is_refused(random_folder: Path) -> None:
     """Before the weights are loaded, saying what fits."""
     with pytest.raises(CheckpointError, match="beyond what memory holds"):
