@@ -183,6 +183,7 @@ class Engine:
             ),
         )
         model: NemotronH = load_model(folder, config, dtype, device, quantization)
+        model.prepare()
         runner = ModelRunner(
             model,
             plan,
