@@ -207,7 +207,7 @@ void ssm_update(const T *x, const T *dt, const T *B, const T *C, const float *A,
     }
 }
 
-const int LANES = 16;  // head channels side by side in the scan
+const int LANES = 16;  // numbers side by side in a scan or an attention
 
 // The same token by token, for LANES channels of a head whose state stays in the cache, transposed.
 template <typename T, typename S>
@@ -270,74 +270,130 @@ void scan(const T *x, const T *dt, const T *B, const T *C, const float *A, const
     }
 }
 
-const int SHARING = 32;  // the most query heads of a key/value head
-const int KEYS = 32;     // scored at a time
+const int KEYS = 32;        // scored at a time
+const int MAX_DIM = SCRATCH / 4;
 
-// One query a sequence; its key and value are written first. Softmax as the keys go by.
-template <typename T>
-void attend(const T *q, const T *k, const T *v, T *keys, T *values, const int64_t *tables,
-            const int64_t *num_keys, T *out, int64_t sequences, int64_t heads, int64_t kv_heads,
-            int64_t size, int64_t q_stride, int64_t kv_stride, int64_t table_stride,
-            int64_t block_size, int threads) {
-    const int64_t sharing = heads / kv_heads, row_size = kv_heads * size;
-    const float scale = 1.0f / sqrtf(float(size));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t i = 0; i < sequences * kv_heads; i++) {
-        int64_t s = i / kv_heads, head = i % kv_heads, count = num_keys[s];
-        const int64_t *table = tables + s * table_stride;
-        int64_t last = table[(count - 1) / block_size] * block_size + (count - 1) % block_size;
-        memcpy(keys + last * row_size + head * size, k + s * kv_stride + head * size,
-               size * sizeof(T));
-        memcpy(values + last * row_size + head * size, v + s * kv_stride + head * size,
-               size * sizeof(T));
-        float queries[SHARING][SCRATCH / 4], sums[SHARING][SCRATCH / 4];
-        float highest[SHARING], total[SHARING], scores[KEYS];
-        for (int64_t h = 0; h < sharing; h++) {
-            const T *query = q + s * q_stride + (head * sharing + h) * size;
-            for (int64_t j = 0; j < size; j++) {
-                queries[h][j] = load(query[j]) * scale;
-                sums[h][j] = 0.0f;
-            }
-            highest[h] = -INFINITY;
-            total[h] = 0.0f;
-        }
-        int64_t step = KEYS < block_size ? KEYS : block_size;
-        for (int64_t at = 0; at < count;) {
-            int64_t offset = at % block_size, left = block_size - offset;
-            int64_t some = step < left ? step : left;
-            some = some < count - at ? some : count - at;
-            int64_t first = (table[at / block_size] * block_size + offset) * row_size + head * size;
-            for (int64_t h = 0; h < sharing; h++) {
-                float high = highest[h];
-                for (int64_t r = 0; r < some; r++) {
-                    const T *key = keys + first + r * row_size;
-                    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                    for (int64_t j = 0; j < size; j++) dot += queries[h][j] * load(key[j]);
-                    scores[r] = dot;
-                    high = dot > high || dot != dot ? dot : high;
-                }
-                float shrink = highest[h] == high ? 1.0f : exponential(highest[h] - high);
-                if (shrink != 1.0f)
-                    for (int64_t j = 0; j < size; j++) sums[h][j] *= shrink;
-                float sum = total[h] * shrink;
-                for (int64_t r = 0; r < some; r++) {
-                    const T *value = values + first + r * row_size;
-                    float weight = exponential(scores[r] - high);
-                    sum += weight;
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+
+inline Vector exponentials(Vector x) {
 #pragma omp simd
-                    for (int64_t j = 0; j < size; j++) sums[h][j] += weight * load(value[j]);
-                }
-                total[h] = sum;
-                highest[h] = high;
-            }
-            at += some;
+    for (int l = 0; l < LANES; l++) x[l] = exponential(x[l]);
+    return x;
+}
+
+template <typename T>
+inline const float *widened(const T *row, float *room, int64_t size) {
+    for (int64_t j = 0; j < size; j++) room[j] = load(row[j]);
+    return room;
+}
+template <>
+inline const float *widened<float>(const float *row, float *, int64_t) {
+    return row;
+}
+
+struct Attention {
+    int64_t heads, kv_heads, size, q_stride, table_stride, block_size;
+};
+
+// LANES queries side by side that share a key/value head: heads of one token, or of neighbouring
+// tokens of a sequence. Softmax as the keys go by.
+template <typename T>
+void attend_tile(const T *q, const T *keys, const T *values, const int64_t *table, T *out,
+                 int64_t token, int64_t kv_head, int64_t first, int64_t lanes, int64_t context,
+                 const Attention &sizes) {
+    const int64_t d = sizes.size, sharing = sizes.heads / sizes.kv_heads;
+    const int64_t row_size = sizes.kv_heads * d, block_size = sizes.block_size;
+    const float scale = 1.0f / sqrtf(float(d));
+    Vector queries[MAX_DIM], sums[MAX_DIM], scores[KEYS], highest, total, shrink;
+    float room[4][MAX_DIM];
+    const float *row[4];
+    int64_t limits[LANES], count = 0;  // keys that each query sees
+    for (int l = 0; l < LANES; l++) {
+        int64_t query = first + (l < lanes ? l : 0);
+        const T *from = q + (token + query / sharing) * sizes.q_stride +
+                       (kv_head * sharing + query % sharing) * d;
+        for (int64_t j = 0; j < d; j++) {
+            queries[j][l] = load(from[j]) * scale;
+            sums[j][l] = 0.0f;
         }
-        for (int64_t h = 0; h < sharing; h++) {
-            T *to = out + (s * heads + head * sharing + h) * size;
-            for (int64_t j = 0; j < size; j++) store(to[j], sums[h][j] / total[h]);
-        }
+        limits[l] = context + query / sharing + 1;
+        count = limits[l] > count ? limits[l] : count;
+        highest[l] = -INFINITY;
+        total[l] = 0.0f;
     }
+    for (int64_t at = 0; at < count;) {
+        int64_t offset = at % block_size, some = block_size - offset;
+        some = some < KEYS ? some : KEYS;
+        some = some < count - at ? some : count - at;
+        int64_t start = (table[at / block_size] * block_size + offset) * row_size + kv_head * d;
+        for (int64_t r = 0; r < some; r += 4) {
+            for (int i = 0; i < 4; i++)
+                row[i] = widened(keys + start + (r + i < some ? r + i : r) * row_size, room[i], d);
+            Vector dots[4] = {};
+            for (int64_t j = 0; j < d; j++) {
+                dots[0] += queries[j] * row[0][j];
+                dots[1] += queries[j] * row[1][j];
+                dots[2] += queries[j] * row[2][j];
+                dots[3] += queries[j] * row[3][j];
+            }
+            for (int i = 0; i < 4; i++)
+                for (int l = 0; l < LANES; l++)
+                    scores[r + i][l] =
+                        r + i < some && at + r + i < limits[l] ? dots[i][l] : -INFINITY;
+        }
+        // Of the first keys every query sees one, so the highest is a number from then on.
+        Vector high = highest;
+        for (int64_t r = 0; r < some; r++) high = scores[r] > high ? scores[r] : high;
+        shrink = exponentials(highest - high);
+        highest = high;
+        total *= shrink;
+        int64_t padded = (some + 3) / 4 * 4;
+        for (int64_t r = 0; r < padded; r++) {
+            // Minus infinity is a key that is not seen; the least power is not quite nothing.
+            scores[r] = scores[r] == -INFINITY ? Vector{} : exponentials(scores[r] - highest);
+            total += scores[r];
+        }
+        for (int64_t j = 0; j < d; j++) sums[j] *= shrink;
+        for (int64_t r = 0; r < some; r += 4) {
+            for (int i = 0; i < 4; i++)
+                row[i] = widened(values + start + (r + i < some ? r + i : r) * row_size, room[i], d);
+            Vector w0 = scores[r], w1 = scores[r + 1], w2 = scores[r + 2], w3 = scores[r + 3];
+            for (int64_t j = 0; j < d; j++)
+                sums[j] += (w0 * row[0][j] + w1 * row[1][j]) + (w2 * row[2][j] + w3 * row[3][j]);
+        }
+        at += some;
+    }
+    for (int l = 0; l < lanes; l++) {
+        int64_t query = first + l;
+        T *to = out + ((token + query / sharing) * sizes.heads + kv_head * sharing +
+                       query % sharing) * d;
+        for (int64_t j = 0; j < d; j++) store(to[j], sums[j][l] / total[l]);
+    }
+}
+
+// Sequences of up to `longest` new tokens, whose keys and values are in the pools already.
+template <typename T>
+void attend(const T *q, const T *keys, const T *values, const int64_t *tables,
+            const int64_t *contexts, const int64_t *starts, T *out, int64_t sequences,
+            int64_t longest, const Attention &sizes, int threads) {
+    const int64_t sharing = sizes.heads / sizes.kv_heads;
+    const int64_t tiles = (longest * sharing + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
+    for (int64_t i = 0; i < sequences * sizes.kv_heads * tiles; i++) {
+        // The last tiles of a sequence see most keys: those first.
+        int64_t s = i / (sizes.kv_heads * tiles), kv_head = i / tiles % sizes.kv_heads;
+        int64_t first = (tiles - 1 - i % tiles) * LANES;
+        int64_t left = (starts[s + 1] - starts[s]) * sharing - first;
+        if (left > 0)
+            attend_tile(q, keys, values, tables + s * sizes.table_stride, out, starts[s], kv_head,
+                        first, left < LANES ? left : LANES, contexts[s], sizes);
+    }
+}
+
+template <typename T>
+void write_rows(const T *from, T *pool, const int64_t *rows, int64_t tokens, int64_t size,
+                int64_t stride) {
+    for (int64_t t = 0; t < tokens; t++) memcpy(pool + rows[t] * size, from + t * stride, size * sizeof(T));
 }
 
 }  // namespace
@@ -361,13 +417,18 @@ void attend(const T *q, const T *k, const T *v, T *keys, T *values, const int64_
         conv<T>(x, weight, bias, state, slots, starts, is_new, out, sequences, channels,           \
                 int(kernel), x_stride, threads);                                                   \
     }                                                                                              \
-    extern "C" void attend_##T(const T *q, const T *k, const T *v, T *keys, T *values,             \
-                               const int64_t *tables, const int64_t *num_keys, T *out,             \
-                               int64_t sequences, int64_t heads, int64_t kv_heads, int64_t size,   \
-                               int64_t q_stride, int64_t kv_stride, int64_t table_stride,          \
-                               int64_t block_size, int threads) {                                  \
-        attend<T>(q, k, v, keys, values, tables, num_keys, out, sequences, heads, kv_heads, size,  \
-                  q_stride, kv_stride, table_stride, block_size, threads);                         \
+    extern "C" void write_##T(const T *from, T *pool, const int64_t *rows, int64_t tokens,         \
+                              int64_t size, int64_t stride) {                                      \
+        write_rows<T>(from, pool, rows, tokens, size, stride);                                     \
+    }                                                                                              \
+    extern "C" void attend_##T(const T *q, const T *keys, const T *values, const int64_t *tables,  \
+                               const int64_t *contexts, const int64_t *starts, T *out,             \
+                               int64_t sequences, int64_t longest, int64_t heads,                  \
+                               int64_t kv_heads, int64_t size, int64_t q_stride,                   \
+                               int64_t table_stride, int64_t block_size, int threads) {            \
+        Attention sizes{heads, kv_heads, size, q_stride, table_stride, block_size};                \
+        attend<T>(q, keys, values, tables, contexts, starts, out, sequences, longest, sizes,       \
+                  threads);                                                                        \
     }
 
 #define STATE(T, S)                                                                                \
