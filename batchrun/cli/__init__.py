@@ -22,8 +22,11 @@ from batchrun.logs import redact
 from batchrun.wording import nearest
 
 COMMANDS = {
-    "submit": "Run a job on this machine, with live progress.",
+    "submit": "Run a job on a Ray cluster, or on this machine.",
     "run": "Run a job inside an existing Ray cluster.",
+    "list": "List the runs of a Ray cluster.",
+    "logs": "Print or follow what a run on a cluster prints.",
+    "cancel": "Stop a run on a cluster; what is finished is kept.",
     "sweep": "Run a job at several thinking budgets: accuracy and cost of each.",
     "validate": "Check a job without running it: every problem, with its line.",
     "status": "Show how far a run is, from its output alone.",
@@ -33,7 +36,7 @@ COMMANDS = {
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 
-PLANNED = ("plan", "list", "logs", "cancel", "report", "retry", "schedule")
+PLANNED = ("plan", "report", "retry", "schedule")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
