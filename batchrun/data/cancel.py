@@ -1,6 +1,6 @@
 """Asking a run to stop, through the storage that it writes to.
 
-The request is an object beside the run's bookkeeping; the driver looks for it with every beat of
+The request is an object beside the run's bookkeeping. The driver looks for it with every beat of
 its lock and then stops as after SIGTERM: everything finished is kept, exit code 75. So a run can
 be stopped from any machine that can write its output, however it was started.
 """
@@ -8,24 +8,24 @@ be stopped from any machine that can write its output, however it was started.
 from __future__ import annotations
 
 import json
+import os
+import socket
 from datetime import UTC, datetime
 
 from batchrun.data.layout import run_folder
-from batchrun.data.lock import Holder
 from batchrun.data.store import Store
 
 
 def cancel_path(run: str) -> str:
-    """Where the request of a run stands."""
+    """Where the request stands."""
     return f"{run_folder(run)}/cancel.json"
 
 
 def request_cancel(store: Store, run: str) -> None:
-    """Ask the run's driver to stop; says who asked, and when."""
-    who = Holder.this_process()
+    """Ask the run's driver to stop; the object says who asked, and when."""
     record = {
-        "host": who.host,
-        "pid": who.pid,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     store.put(cancel_path(run), json.dumps(record, indent=1).encode())
@@ -38,4 +38,5 @@ def is_cancel_requested(store: Store, run: str) -> bool:
 
 def clear_cancel(store: Store, run: str) -> None:
     """Forget a request that was meant for an earlier driver."""
-    store.delete([cancel_path(run)])
+    if is_cancel_requested(store, run):
+        store.delete([cancel_path(run)])
