@@ -36,6 +36,9 @@ COMMANDS = {
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 
+# A module of this package called `list` would take the builtin's name in here.
+_MODULES = {"list": "listing"}
+
 PLANNED = ("plan", "report", "retry", "schedule")
 
 EXIT_USAGE = 2
@@ -53,7 +56,7 @@ class Batchrun(click.Group):
         """The command of this name, or None."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"batchrun.cli.{cmd_name}")
+        module = importlib.import_module(f"batchrun.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 

@@ -301,7 +301,7 @@ class _Driver:
                 self._ray_metrics = RayMetrics(self._metrics)
         self._do(commands)
         while self._outcome is None:
-            if self._stop.is_set():
+            if self._stop.is_set() or self._lock.cancelled.is_set():
                 self._stop_gracefully()
                 break
             self._lock.check()
