@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from batchrun.model.mamba2 import Mamba2Mixer
+from batchrun.model.sizes import INT8_SCRATCH_BYTES
 
 _LEVELS = 127
 _ROWS_AT_ONCE_BYTES = 32 << 20
 """Of float32: what quantising a matrix takes beside it."""
 _CPU_SCRATCH_BYTES = {torch.float32: 1 << 20, torch.bfloat16: 8 << 20}
 """Widened weights that stay in the cache until they are multiplied: what was fastest."""
-SCRATCH_BYTES = 32 << 20
-"""The same elsewhere: enough rows for a matrix product to be efficient."""
 _PACKED_ROWS = 4
 """Up to so many tokens torch's packed product of bfloat16 and int8 is the fastest on a CPU."""
 _PACKED_SIZE = 32
@@ -58,9 +57,9 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, out: Tensor) -> None
     if is_packed and x.device.type == "cpu":
         out.copy_(torch._weight_int8pack_mm(x, integers, scale))
         return
-    scratch_bytes = SCRATCH_BYTES
+    scratch_bytes = INT8_SCRATCH_BYTES
     if x.device.type == "cpu":
-        scratch_bytes = _CPU_SCRATCH_BYTES.get(x.dtype, SCRATCH_BYTES)
+        scratch_bytes = _CPU_SCRATCH_BYTES.get(x.dtype, INT8_SCRATCH_BYTES)
     step = max(1, scratch_bytes // (size * x.element_size()))
     scratch = x.new_empty(min(step, num_rows), size)
     for start in range(0, num_rows, step):
