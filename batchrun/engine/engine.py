@@ -175,6 +175,7 @@ class Engine:
         for note in plan.notes:
             _log.warning("%s", note)
         model: NemotronH = load_model(folder, config, dtype, device, options.precision.quantization)
+        model.prepare()
         runner = ModelRunner(
             model,
             plan,

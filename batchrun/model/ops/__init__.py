@@ -71,6 +71,12 @@ class Ops(Protocol):
     ) -> Tensor:
         """The recurrence over all tokens of packed prefills: x [T, h, p] -> y [T, h, p]."""
 
+    def add_norm(self, h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add ``delta`` to ``h``, in place, and give the RMS norm of the sum: all [T, hidden].
+
+        The sum is rounded to the dtype of ``h`` first. None adds nothing.
+        """
+
     def gated_norm(
         self, y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float
     ) -> Tensor:

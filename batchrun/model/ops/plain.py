@@ -158,6 +158,12 @@ class PlainOps:
         y = y.index_select(0, layout.token_cells)  # [T, h, p]
         return (y + skip.float()[:, None] * x32).to(x.dtype)
 
+    def add_norm(self, h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """In float32, rounded once."""
+        if delta is not None:
+            h.add_(delta)
+        return F.rms_norm(h.float(), weight.shape, weight.float(), eps).to(h.dtype)
+
     def gated_norm(
         self, y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float
     ) -> Tensor:
