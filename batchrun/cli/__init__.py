@@ -32,6 +32,7 @@ COMMANDS = {
     "status": "Show how far a run is, from its output alone.",
     "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
+    "schedule": "Print the crontab line or Kubernetes objects that run a job on its schedule.",
     "schema": "Print the JSON Schema of the job file.",
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
@@ -39,7 +40,7 @@ COMMANDS = {
 # A module of this package called `list` would take the builtin's name in here.
 _MODULES = {"list": "listing"}
 
-PLANNED = ("plan", "report", "retry", "schedule")
+PLANNED = ("plan", "report", "retry")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75

@@ -26,7 +26,7 @@ from typing import Any
 import ray
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-import batchrun
+from batchrun import __version__
 from batchrun.errors import ClusterError, JobError, Problem
 from batchrun.job import Job
 
@@ -224,7 +224,7 @@ def _runtime_env(job: Job, folder: str) -> dict[str, Any]:
     return {
         **job.ray.runtime_env,
         "working_dir": folder,
-        "py_modules": [str(Path(batchrun.__file__).parent)],
+        "py_modules": [str(Path(__file__).resolve().parents[1])],
     }
 
 
@@ -236,7 +236,7 @@ def _metadata(job: Job, run_id: str) -> dict[str, str]:
         f"{_KEY}run": run_id,
         f"{_KEY}output": _absolute(job.output.path),
         f"{_KEY}storage_options": json.dumps(masked["storage_options"]),
-        f"{_KEY}version": batchrun.__version__,
+        f"{_KEY}version": __version__,
     }
 
 

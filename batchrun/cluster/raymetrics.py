@@ -3,13 +3,11 @@ run beside Ray's panels. Ray puts ``ray_`` before every name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client.core import Metric
 from ray.util import metrics as ray_metrics
 
-from batchrun.metrics import RunMetrics
+from batchrun.metrics import Kind, RunMetrics, Sample
 
 _Place = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -33,30 +31,24 @@ class RayMetrics:
     def update(self) -> None:
         """Bring Ray's numbers up to date."""
         seen: set[_Place] = set()
-        for family in self._metrics.collect():
-            for name, labels, value in _samples(family):
-                place = (name, tuple(labels.items()))
-                if family.type == "counter":
-                    new = value - self._counted.get(place, 0.0)
-                    self._counted[place] = value
-                    counter = self._metric(ray_metrics.Counter, name, family, labels)
-                    if new > 0:
-                        counter.inc(new, tags=labels)
-                else:
-                    seen.add(place)
-                    self._metric(ray_metrics.Gauge, name, family, labels).set(value, tags=labels)
-        for name, pairs in self._gauged - seen:
-            self._made[name].set(0.0, tags=dict(pairs))
+        for sample in self._metrics.samples():
+            place = (sample.name, tuple(sample.labels.items()))
+            if sample.kind is Kind.COUNTER:
+                counter = self._metric(ray_metrics.Counter, sample)
+                new = sample.value - self._counted.get(place, 0.0)
+                self._counted[place] = sample.value
+                if new > 0:
+                    counter.inc(new, tags=sample.labels)
+            else:
+                seen.add(place)
+                self._metric(ray_metrics.Gauge, sample).set(sample.value, tags=sample.labels)
+        for name, labels in self._gauged - seen:
+            self._made[name].set(0.0, tags=dict(labels))
         self._gauged = seen
 
-    def _metric(self, kind: Any, name: str, family: Metric, labels: dict[str, str]) -> Any:
-        if name not in self._made:
-            self._made[name] = kind(name, description=family.documentation, tag_keys=tuple(labels))
-        return self._made[name]
-
-
-def _samples(family: Metric) -> Iterator[tuple[str, dict[str, str], float]]:
-    """The numbers of a family: full names, labels, values."""
-    for sample in family.samples:
-        if not sample.name.endswith("_created"):
-            yield sample.name, sample.labels, sample.value
+    def _metric(self, kind: Any, sample: Sample) -> Any:
+        if sample.name not in self._made:
+            self._made[sample.name] = kind(
+                sample.name, description=sample.help, tag_keys=tuple(sample.labels)
+            )
+        return self._made[sample.name]

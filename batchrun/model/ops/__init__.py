@@ -26,6 +26,9 @@ class Ops(Protocol):
     the operator adds ``dt_bias`` and applies softplus. ``skip`` is the paper's D.
     """
 
+    rectangles: bool
+    """Whether layouts must have ``waves`` and ``groups``; see :func:`lay_out`."""
+
     def conv_update(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
     ) -> Tensor:
@@ -70,6 +73,12 @@ class Ops(Protocol):
         layout: PrefillLayout,
     ) -> Tensor:
         """The recurrence over all tokens of packed prefills: x [T, h, p] -> y [T, h, p]."""
+
+    def add_norm(self, h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add ``delta`` to ``h``, in place, and give the RMS norm of the sum: all [T, hidden].
+
+        The sum is rounded to the dtype of ``h`` first. None adds nothing.
+        """
 
     def gated_norm(
         self, y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float

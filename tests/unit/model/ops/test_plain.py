@@ -177,6 +177,21 @@ def test_conv_update_continues_causal_conv(draw: Callable[..., Tensor]) -> None:
     assert torch.equal(again[slot], state[slot])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_norm(dtype: torch.dtype, draw: Callable[..., Tensor]) -> None:
+    """What is added stays added, rounded to the dtype; the norm is of that sum."""
+    h, delta = draw(5, 12).to(dtype), draw(5, 12).to(dtype)
+    weight = draw(12).to(dtype)
+    added = h + delta
+    scale = (added.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = (added.double() / scale * weight.double()).to(dtype)
+    tolerance = 1e-6 if dtype is torch.float32 else 2e-2
+    assert_close(OPS.add_norm(h, delta, weight, 1e-5).double(), expected.double(), tolerance)
+    assert torch.equal(h, added)
+    assert_close(OPS.add_norm(h, None, weight, 1e-5).double(), expected.double(), tolerance)
+    assert torch.equal(h, added)
+
+
 def test_gated_norm(draw: Callable[..., Tensor]) -> None:
     """Gate first, then the norm of each group of channels, then the weight."""
     y, z, weight = draw(5, 12), draw(5, 12), draw(12)
