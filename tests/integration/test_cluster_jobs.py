@@ -116,9 +116,12 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
 ) -> None:
     """`cancel` asks the run to drain first, so it ends by itself with exit code 75. While it runs,
     Ray's dashboard and metrics say which run each actor works for and how far it is."""
-    for number in range(10):
-        work.write(f"{number:02d}", sums(40, start=1 + 40 * number))
-    job = work.job_file(resources=GPUS, generation={"max_tokens": 200, "ignore_eos": True})
+    for number in range(4):
+        work.write(f"{number}", sums(10, start=1 + 10 * number), max_tokens=[32] * 10)
+    work.write("endless", sums(1, start=41), max_tokens=[100_000])  # it waits for the cancel
+    job = work.job_file(
+        resources=GPUS, input={"overrides": ["max_tokens"]}, generation={"ignore_eos": True}
+    )
     code, out, _ = batchrun("submit", job, "--address", dashboard, "--json").end()
     submitted = json.loads(out)
     assert 0 == code
@@ -141,12 +144,13 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     assert (True, 75) == (cancelled["drained"], cancelled["exit_code"])
     assert "interrupted" in follower.end()[1]
     done = set(work.parts())
-    assert 2 <= len(done) < 10
-    code, _, err = batchrun("submit", job, "--address", dashboard, "--wait").end(120)
+    assert 2 <= len(done) < 5
+    limits = ("--set", "errors.row_timeout_s=1", "--set", "errors.max_failed_rows=1")
+    code, _, err = batchrun("submit", job, *limits, "--address", dashboard, "--wait").end(120)
     assert 0 == code, err
     assert "resuming" in err
     assert done < set(work.parts())
-    assert 400 == len({row["id"] for row in work.rows()}) == len(work.rows())
+    assert 41 == len({row["id"] for row in work.rows()}) == len(work.rows())
 
 
 def test_what_is_not_there_is_named(batchrun: Start, dashboard: str) -> None:
@@ -171,7 +175,10 @@ def _ray_series(dashboard: str, name: str, run: str) -> list[str]:
         targets = [target for group in json.load(answer) for target in group["targets"]]
     found = []
     for target in targets:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+        except OSError:
+            continue  # Ray lists endpoints of processes that are still to start
         found += [line for line in lines if line.startswith(name) and f'run="{run}"' in line]
     return found
