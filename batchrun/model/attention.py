@@ -32,8 +32,10 @@ class Attention(nn.Module):
 
     def prepare(self) -> None:
         """Make one matrix of the three that share their input, unless they are quantised."""
+        if self.qkv_proj is not None:
+            return
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if self.qkv_proj is not None or not all(type(part) is nn.Linear for part in parts):
+        if not all(type(part) is nn.Linear for part in parts):
             return
         weight = torch.cat([part.weight for part in parts])  # [heads + 2 kv heads * d, hidden]
         with torch.device("meta"):

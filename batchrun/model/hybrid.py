@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from batchrun.model.attention import Attention
-from batchrun.model.batch import Batch
+from batchrun.model.batch import Batch, DecodeBatch
 from batchrun.model.config import LayerKind, ModelConfig
 from batchrun.model.layers import MLP, RMSNorm
 from batchrun.model.layout import lay_out
@@ -44,9 +44,9 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, batch: Batch, state: State, ops: Ops) -> Tensor:
+    def forward(self, batch: Batch | DecodeBatch, state: State, ops: Ops) -> Tensor:
         """Hidden states [L, hidden] at ``batch.logit_rows``, behind the last norm."""
-        layout = lay_out(batch, self.config, state.block_size)
+        layout = lay_out(batch, self.config, state.block_size, rectangles=ops.rectangles)
         h: Tensor = self.embeddings(batch.token_ids)  # [T, hidden]
         mamba = attention = 0  # layers of each kind so far: their place in the pools
         delta: Tensor | None = None  # what the last layer adds; the next norm adds it up
@@ -100,7 +100,7 @@ class NemotronH(nn.Module):
                 layer.mixer.prepare()
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, state: State) -> Tensor:
+    def forward(self, batch: Batch | DecodeBatch, state: State) -> Tensor:
         """Run one step: float32 logits [L, vocab] at ``batch.logit_rows``.
 
         ``state`` is updated in place. One signature for everything: a whole prompt, a part of one

@@ -26,6 +26,9 @@ class Ops(Protocol):
     the operator adds ``dt_bias`` and applies softplus. ``skip`` is the paper's D.
     """
 
+    rectangles: bool
+    """Whether layouts must have ``waves`` and ``groups``; see :func:`lay_out`."""
+
     def conv_update(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
     ) -> Tensor:

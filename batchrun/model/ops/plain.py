@@ -16,6 +16,8 @@ from batchrun.model.layout import AttentionLayout, PrefillLayout
 class PlainOps:
     """Operators in plain PyTorch, batched over sequences: no loop over tokens or sequences."""
 
+    rectangles = True
+
     def conv_update(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
     ) -> Tensor:
