@@ -156,6 +156,7 @@ class Worker:
         return read_traces(store, source.run, lease.shard, self._settings.part_format.n)
 
     def _options(self) -> EngineOptions:
+        from batchrun.engine.memory import expected_tokens
         from batchrun.engine.options import EngineOptions
 
         job, settings = self._settings.job, self._settings
@@ -166,6 +167,7 @@ class Worker:
             quantization=job.model.quantization,
             max_model_len=job.model.max_model_len,
             max_sequences=None if wanted == "auto" else wanted,
+            sequence_tokens=expected_tokens(job.generation.max_tokens),
             deterministic=settings.deterministic,
             num_threads=settings.num_threads,
         )
