@@ -1,10 +1,10 @@
-"""The engine measured against what this device allows: prefill and decode at several batch sizes."""
+"""The engine against what this device allows: prefill and decode at several batch sizes."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -80,7 +80,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that was measured, with its conditions. ``skipped`` batch sizes do not fit into memory."""
+    """All that was measured, with its conditions. ``skipped`` batch sizes do not fit in memory."""
 
     accelerator: str
     device: str
@@ -137,11 +137,14 @@ def run_bench(
     workload: Workload,
     *,
     name: str = "",
+    progress: Callable[[str], None] = lambda _text: None,
     rate_seconds: float = 0.5,
-) -> Iterator[Measurement | Report]:
-    """Load an engine, measure the device, then every batch size; the report comes last.
+) -> Report:
+    """Load an engine, and measure the device and the engine in turn at every batch size.
 
-    The checkpoint's weights, or random ones of its config (``options.random_weights``).
+    With the checkpoint's weights, or random ones of its config (``options.random_weights``).
+    ``progress`` is told what is done, ``rate_seconds`` is how long each rate of the device is
+    measured; before and after the engine, so that the bounds are of the same moment.
 
     :raises CheckpointError: the checkpoint cannot be used, or does not fit into memory.
     :raises RequestError: the device is not there, or sequences of this length do not fit.
@@ -159,76 +162,95 @@ def run_bench(
             f"than the {engine.max_model_len} tokens of a sequence",
             "measure with shorter prompts or fewer steps",
         )
-    config, device = engine.config, options.torch_device
+    progress("loaded")
+    machine = describe_device(options.torch_device)
     fitting = [batch for batch in runs if batch <= engine.max_sequences]
-    prompt_rows = {batch: min(budget, batch * workload.prompt_tokens) for batch in fitting}
-    rates = measure_rates(
-        config,
-        options.torch_dtype,
-        device,
-        sorted({*fitting, *prompt_rows.values()}),
-        seconds=rate_seconds,
-    )
-    machine = describe_device(device)
-    measurements = []
+    rates = DeviceRates(0.0, {})
+    timings = []
     for batch in fitting:
-        measured = _measure(engine, options, workload, batch, rates, prompt_rows[batch])
-        measurements.append(measured)
-        yield measured
-    yield Report(
+        rows = min(budget, batch * workload.prompt_tokens)
+        load = CpuLoad()
+        for is_after in (False, True):
+            if is_after:
+                timings.append(_time(engine, workload, batch, rows, load))
+            measured = measure_rates(
+                engine.config,
+                options.torch_dtype,
+                options.torch_device,
+                sorted({batch, rows}),
+                seconds=rate_seconds,
+            )
+            rates = rates.fastest(measured)
+        progress(f"measured batch {batch}")
+    return Report(
         accelerator=machine.name,
-        device=device.type,
+        device=options.torch_device.type,
         memory_bytes=machine.memory_bytes,
         torch_version=machine.torch_version,
         num_threads=machine.num_threads,
         model=name or str(folder),
         has_random_weights=options.random_weights,
-        config=config,
-        num_weights=count_weights(config).total,
+        config=engine.config,
+        num_weights=count_weights(engine.config).total,
         dtype=str(options.torch_dtype).removeprefix("torch."),
         state_dtype=str(options.torch_state_dtype).removeprefix("torch."),
         quantization=options.quantization,
         workload=workload,
         rates=rates,
-        measurements=tuple(measurements),
+        measurements=tuple(
+            _against_bounds(timing, engine.config, options.precision, workload, rates)
+            for timing in timings
+        ),
         skipped=tuple(batch for batch in runs if batch not in fitting),
     )
 
 
-def _measure(
-    engine: Engine,
-    options: EngineOptions,
-    workload: Workload,
-    batch: int,
-    rates: DeviceRates,
-    prompt_rows: int,
-) -> Measurement:
-    load = CpuLoad()
-    prompts = _prompts(engine.config, batch, workload.prompt_tokens)
-    num_prompt = batch * workload.prompt_tokens
-    _prefill(engine, prompts)  # warm-up
-    seconds = min(_prefill(engine, prompts) for _ in range(2))
-    num_prompt_steps = -(-num_prompt // prompt_rows)
-    times, overhead = _decode(engine, prompts, workload.decode_steps, num_prompt_steps)
-    middle = statistics.median(times)
-    foreign_load = load.foreign_cores()
+@dataclass(frozen=True, slots=True)
+class _Timing:
+    """Of a batch: seconds of all prompts, in passes of ``rows`` tokens, and of a decode step."""
 
-    precision, config = options.precision, engine.config
+    batch: int
+    rows: int
+    prefill_seconds: float
+    step_seconds: float
+    overhead: float | None
+    foreign_load: float | None
+
+
+def _time(engine: Engine, workload: Workload, batch: int, rows: int, load: CpuLoad) -> _Timing:
+    prompts = _prompts(engine.config, batch, workload.prompt_tokens)
+    _prefill(engine, prompts)  # warm-up
+    prefill_seconds = min(_prefill(engine, prompts) for _ in range(2))
+    num_prompt_steps = -(-batch * workload.prompt_tokens // rows)
+    steps, overhead = _decode(engine, prompts, workload.decode_steps, num_prompt_steps)
+    return _Timing(
+        batch, rows, prefill_seconds, statistics.median(steps), overhead, load.foreign_cores()
+    )
+
+
+def _against_bounds(
+    timing: _Timing,
+    config: ModelConfig,
+    precision: Precision,
+    workload: Workload,
+    rates: DeviceRates,
+) -> Measurement:
+    batch, num_prompt = timing.batch, timing.batch * workload.prompt_tokens
     context = workload.prompt_tokens + _WARM_STEPS + workload.decode_steps / 2
     step = decode_work(config, precision, batch, context)
     here = _here(rates, batch)
-    prefill = _prefill_work(config, precision, batch, workload.prompt_tokens, prompt_rows)
+    prefill = _prefill_work(config, precision, batch, workload.prompt_tokens, timing.rows)
     return Measurement(
         batch=batch,
-        prefill_rate=num_prompt / seconds,
-        prefill_bound=num_prompt / prefill.seconds(_here(rates, prompt_rows)),
-        decode_rate=batch / middle,
+        prefill_rate=num_prompt / timing.prefill_seconds,
+        prefill_bound=num_prompt / prefill.seconds(_here(rates, timing.rows)),
+        decode_rate=batch / timing.step_seconds,
         decode_bound=batch / step.seconds(here),
         decode_bound_by=step.bound(here).value,
         context_tokens=context,
-        step_seconds=middle,
-        overhead=overhead,
-        foreign_load=foreign_load,
+        step_seconds=timing.step_seconds,
+        overhead=timing.overhead,
+        foreign_load=timing.foreign_load,
     )
 
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
     "schema": "Print the JSON Schema of the job file.",
+    "bench": "Measure the engine here against what the device allows.",
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,7 @@ def _batches(_context: click.Context, _option: click.Parameter, text: str) -> tu
     return batches
 
 
-@click.command(
-    epilog="Examples: batchrun bench --batch 1,16 · batchrun bench --config config.json --json"
-)
+@click.command(epilog="Example: batchrun bench --batch 1,16 --decode-steps 8")
 @click.option("--model", default="tiny", show_default=True, help="A checkpoint, or tiny.")
 @click.option(
     "--config",
@@ -82,9 +81,7 @@ def command(
     the engine at each batch size. The bound counts the bytes and operations that the same tokens
     need at least; overhead is the part of a decode step that is not the model.
     """
-    import json
-
-    from batchrun.bench import Report, Workload, run_bench
+    from batchrun.bench import Workload, run_bench
     from batchrun.engine.options import EngineOptions
     from batchrun.llm import find_checkpoint
 
@@ -101,11 +98,7 @@ def command(
         else:
             folder, name = Path(scratch), str(config_path)
             (folder / "config.json").write_bytes(config_path.read_bytes())
-        for result in run_bench(folder, options, workload, name=name):
-            if isinstance(result, Report):
-                report = result
-            elif not as_json:
-                echo_error(f"measured batch {result.batch}")
+        report = run_bench(folder, options, workload, name=name, progress=echo_error)
     document = report.document()
     if output is not None:
         output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -55,17 +55,20 @@ class ForwardClock:
         if not self._is_cuda:
             self._started = time.perf_counter()
         elif not torch.cuda.is_current_stream_capturing():
-            self._begin = torch.cuda.Event(enable_timing=True)
-            self._begin.record()
+            self._begin = _mark()
 
     def _after(self, _model: nn.Module, _args: object, _out: object) -> None:
         if not self._is_cuda:
             self._seconds += time.perf_counter() - self._started
         elif self._begin is not None:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            self._events.append((self._begin, end))
+            self._events.append((self._begin, _mark()))
             self._begin = None
         else:
             return
         self.num_passes += 1
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -1,4 +1,4 @@
-"""What this device can do at most: how fast it copies, how fast it multiplies matrices. Measured."""
+"""What this device can do at most, measured: how fast it copies and multiplies matrices."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ class DeviceRates:
 
     copy_bandwidth: float
     matmul_flops: dict[int, float]
+
+    def fastest(self, other: DeviceRates) -> DeviceRates:
+        """The larger of each rate: whatever else runs on a machine only makes it slower."""
+        flops = dict(self.matmul_flops)
+        for batch, rate in other.matmul_flops.items():
+            flops[batch] = max(rate, flops.get(batch, 0.0))
+        return DeviceRates(max(self.copy_bandwidth, other.copy_bandwidth), flops)
 
 
 def measure_rates(
