@@ -1,8 +1,8 @@
 """The operators that a GPU has better ways to compute, and the one place that chooses.
 
 :class:`Ops` is the interface. :class:`~batchrun.model.ops.plain.PlainOps` implements it in plain
-PyTorch, on any device: it is what runs on a CPU, and what every faster implementation is tested
-against.
+PyTorch, on any device: it is what every faster implementation is tested against.
+:class:`~batchrun.model.ops.native.NativeOps` are compiled for the CPU that they run on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from batchrun.model.config import ModelConfig
 from batchrun.model.layout import AttentionLayout, PrefillLayout
+from batchrun.model.ops import native
+from batchrun.model.ops.build import NoCompiler, load_library
 from batchrun.model.ops.plain import PlainOps
 
 
@@ -106,6 +109,19 @@ class Selection:
     reason: str
 
 
-def select_ops(device: torch.device) -> Selection:
-    """The operators for ``device``: for now the plain ones, everywhere."""
-    return Selection(PlainOps(), f"plain PyTorch operators on {device.type}")
+def select_ops(device: torch.device, config: ModelConfig | None = None) -> Selection:
+    """The operators for ``device`` and, if given, a model of ``config``.
+
+    On a CPU they are compiled for it where that is possible, which may take some seconds.
+    """
+    if device.type != "cpu":
+        return Selection(PlainOps(), f"plain PyTorch operators on {device.type}")
+    reason = None if config is None else native.problem(config)
+    if reason is None:
+        try:
+            return Selection(
+                native.NativeOps(load_library()), "operators compiled for this CPU (native.cpp)"
+            )
+        except NoCompiler as error:
+            reason = str(error)
+    return Selection(PlainOps(), f"plain PyTorch operators on cpu; not compiled ones: {reason}")
