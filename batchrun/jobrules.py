@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from batchrun.formats import slips
 from batchrun.logs import names_a_secret, redact
 from batchrun.records import RESERVED_COLUMNS
+from batchrun.schedule import ScheduleError, parse_schedule
 from batchrun.tools import tool_problems
 from batchrun.wording import nearest, quoted
 
@@ -56,6 +57,7 @@ def violations(job: Values) -> Iterator[Violation]:
     yield from _resources(job)
     yield from _output_place(job)
     yield from _evaluate(job)
+    yield from _schedule(job)
 
 
 def _not_built_yet(job: Values) -> Iterator[Violation]:
@@ -75,8 +77,6 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
             "write auto, or set model.dtype to bfloat16 too",
             ("model.dtype",),
         )
-    if job["schedule"] is not None:
-        yield absent("schedule", "scheduling", "delete the key, and submit from cron")
     if job["errors"]["canary_rows"]:
         yield absent("errors.canary_rows", "a canary", "write 0")
     for name in ("max_hours", "max_tokens", "max_cost"):
@@ -253,6 +253,15 @@ def _evaluate(job: Values) -> Iterator[Violation]:
             message = f"is an option already (case does not matter): {quoted(choice)}"
             yield Violation(("evaluate", "choices", index), message, "delete one of them")
         seen.add(plain)
+
+
+def _schedule(job: Values) -> Iterator[Violation]:
+    if job["schedule"] is None:
+        return
+    try:
+        parse_schedule(job["schedule"])
+    except ScheduleError as error:
+        yield Violation(("schedule",), error.message, error.hint)
 
 
 def secrets(raw: object, key: tuple[str | int, ...] = ()) -> Iterator[Violation]:

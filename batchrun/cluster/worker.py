@@ -74,6 +74,10 @@ class Worker:
         self._pipeline: Pipeline | None = None
         self._draining = False
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call the actor."""
+        return f"batchrun({self._settings.job.name} {self._settings.run[:8]})"
+
     def load(self) -> Loaded:
         """Load the engine; may take minutes. Raises CheckpointError and the like."""
         from batchrun.engine.engine import Engine
@@ -156,6 +160,7 @@ class Worker:
         return read_traces(store, source.run, lease.shard, self._settings.part_format.n)
 
     def _options(self) -> EngineOptions:
+        from batchrun.engine.memory import expected_tokens
         from batchrun.engine.options import EngineOptions
 
         job, settings = self._settings.job, self._settings
@@ -166,6 +171,7 @@ class Worker:
             quantization=job.model.quantization,
             max_model_len=job.model.max_model_len,
             max_sequences=None if wanted == "auto" else wanted,
+            sequence_tokens=expected_tokens(job.generation.max_tokens),
             deterministic=settings.deterministic,
             num_threads=settings.num_threads,
         )

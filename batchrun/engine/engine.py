@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from batchrun.engine.blocks import Pool
 from batchrun.engine.chat import ChatTemplate
 from batchrun.engine.constraints import Constraints
 from batchrun.engine.forecast import Forecast
-from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, MemoryRequest, plan_memory
+from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, plan_memory
 from batchrun.engine.model_runner import ModelRunner
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
@@ -27,9 +28,10 @@ from batchrun.engine.transcript import Transcript
 from batchrun.errors import RequestError
 from batchrun.model.config import ModelConfig, load_config
 from batchrun.model.hybrid import NemotronH
-from batchrun.model.sizes import Quantization, count_weights
 from batchrun.model.weights import load_model
 from batchrun.records import ErrorKind, FinishReason, RowError
+
+_log = logging.getLogger(__name__)
 
 _SMALL_BYTES = 64 << 20
 """Weights of a model that one thread runs best."""
@@ -153,8 +155,7 @@ class Engine:
             raise RequestError(
                 f"device {options.device!r}: torch finds {torch.cuda.device_count()} GPUs here"
             )
-        quantization = Quantization(options.quantization)
-        weight_bytes = count_weights(config).memory_bytes(dtype.itemsize, quantization)
+        weight_bytes = options.precision.weight_bytes(config)
         is_small = device.type == "cpu" and weight_bytes < _SMALL_BYTES
         if options.deterministic or is_small:
             # A sum shared by threads depends on how many there are, and threads that wait for one
@@ -169,21 +170,12 @@ class Engine:
         close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
         plan = plan_memory(
             config,
-            MemoryRequest(
-                memory_bytes=options.memory_bytes or options.free_memory_bytes(),
-                weight_bytes=weight_bytes,
-                dtype_bytes=dtype.itemsize,
-                state_dtype_bytes=options.torch_state_dtype.itemsize,
-                num_forced=0 if close is None else close.max_tokens,
-                max_batch_tokens=options.max_batch_tokens,
-                max_model_len=options.max_model_len,
-                max_sequences=options.max_sequences,
-                most_sequences=options.most_sequences,
-                most_snapshots=options.most_snapshots,
-            ),
+            options.memory_request(num_forced=0 if close is None else close.max_tokens),
         )
-        model: NemotronH = load_model(folder, config, dtype, device, quantization)
-        model.prepare()
+        for note in plan.notes:
+            _log.warning("%s", note)
+        model: NemotronH = load_model(folder, config, dtype, device, options.precision.quantization)
+        model.prepare(deterministic=options.deterministic)
         runner = ModelRunner(
             model,
             plan,

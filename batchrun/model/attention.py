@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from batchrun.model.config import ModelConfig
 from batchrun.model.layout import AttentionLayout
 from batchrun.model.ops import Ops
+from batchrun.model.quantize import Int8Linear
 
 
 class Attention(nn.Module):
@@ -23,7 +24,7 @@ class Attention(nn.Module):
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.sizes = [q_size, kv_size, kv_size]
-        self.qkv_proj: nn.Linear | None = None
+        self.qkv_proj: nn.Module | None = None
         """The three projections as one, when prepared."""
         self.q_proj = nn.Linear(hidden, q_size, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
@@ -31,11 +32,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, hidden, bias=bias)
 
     def prepare(self) -> None:
-        """Make one matrix of the three that share their input, unless they are quantised."""
+        """Make one matrix of the three that share their input."""
         if self.qkv_proj is not None:
             return
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if not all(type(part) is nn.Linear for part in parts):
+        modules: tuple[nn.Module, ...] = parts
+        quantised = [part for part in modules if isinstance(part, Int8Linear)]
+        if quantised:
+            self.qkv_proj = Int8Linear.joined(quantised)
+            del self.q_proj, self.k_proj, self.v_proj
             return
         weight = torch.cat([part.weight for part in parts])  # [heads + 2 kv heads * d, hidden]
         with torch.device("meta"):

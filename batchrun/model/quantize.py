@@ -7,18 +7,19 @@ faster ways are tested against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from batchrun.model.mamba2 import Mamba2Mixer
+from batchrun.model.config import ModelConfig
+from batchrun.model.sizes import INT8_SCRATCH_BYTES
 
 _LEVELS = 127
 _ROWS_AT_ONCE_BYTES = 32 << 20
 """Of float32: what quantising a matrix takes beside it."""
 _CPU_SCRATCH_BYTES = {torch.float32: 1 << 20, torch.bfloat16: 8 << 20}
 """Widened weights that stay in the cache until they are multiplied: what was fastest."""
-SCRATCH_BYTES = 32 << 20
-"""The same elsewhere: enough rows for a matrix product to be efficient."""
 _PACKED_ROWS = 4
 """Up to so many tokens torch's packed product of bfloat16 and int8 is the fastest on a CPU."""
 _PACKED_SIZE = 32
@@ -58,9 +59,9 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, out: Tensor) -> None
     if is_packed and x.device.type == "cpu":
         out.copy_(torch._weight_int8pack_mm(x, integers, scale))
         return
-    scratch_bytes = SCRATCH_BYTES
+    scratch_bytes = INT8_SCRATCH_BYTES
     if x.device.type == "cpu":
-        scratch_bytes = _CPU_SCRATCH_BYTES.get(x.dtype, SCRATCH_BYTES)
+        scratch_bytes = _CPU_SCRATCH_BYTES.get(x.dtype, INT8_SCRATCH_BYTES)
     step = max(1, scratch_bytes // (size * x.element_size()))
     scratch = x.new_empty(min(step, num_rows), size)
     for start in range(0, num_rows, step):
@@ -91,6 +92,22 @@ class Int8Linear(nn.Module):
         self.scale = empty(num_int8)
         self.wide = empty(num_wide, in_features) if num_wide else None
         self.bias = empty(out_features) if bias else None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int8Linear]) -> Int8Linear:
+        """One layer of several that share their input and have no wide rows: its outputs are theirs
+        side by side."""
+        joined = cls(0, 0, parts[0].scale.dtype, bias=False, num_wide=0)
+        joined.out_features = sum(part.out_features for part in parts)
+
+        def cat(tensors: Sequence[Tensor]) -> nn.Parameter:
+            return nn.Parameter(torch.cat(list(tensors)), requires_grad=False)
+
+        joined.weight = cat([part.weight for part in parts])
+        joined.scale = cat([part.scale for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
+        joined.bias = cat(biases) if biases else None
+        return joined
 
     @torch.no_grad()
     def fill(self, weight: Tensor, start: int = 0) -> None:
@@ -125,7 +142,7 @@ class Int8Linear(nn.Module):
         return out
 
 
-def quantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
+def quantize_layers(model: nn.Module, config: ModelConfig, dtype: torch.dtype) -> None:
     """Put an empty :class:`Int8Linear` in the place of every linear layer of ``model``.
 
     The rows of a Mamba-2 layer that make dt keep the model's dtype: an error of dt multiplies over
@@ -134,15 +151,12 @@ def quantize_layers(model: nn.Module, dtype: torch.dtype) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                num_wide = 0
-                if isinstance(module, Mamba2Mixer) and name == "in_proj":
-                    num_wide = module.config.mamba_num_heads
                 layer = Int8Linear(
                     child.in_features,
                     child.out_features,
                     dtype,
                     bias=child.bias is not None,
-                    num_wide=num_wide,
+                    num_wide=config.mamba_num_heads if name == "in_proj" else 0,
                 )
                 setattr(module, name, layer)
 

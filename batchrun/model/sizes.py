@@ -17,6 +17,10 @@ LINEARS = frozenset(
 )
 """The matrices inside the layers, by the name of the module in a checkpoint."""
 
+INT8_SCRATCH_BYTES = 32 << 20
+"""Widened rows of a quantised matrix where there is no kernel that needs none: enough of them for a
+matrix product to be efficient."""
+
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "backbone.embeddings.weight"
 
@@ -94,3 +98,31 @@ def is_linear(name: str) -> bool:
     """Whether a checkpoint's tensor is a matrix inside a layer."""
     module, _, kind = name.rpartition(".")
     return kind == "weight" and module.rpartition(".")[2] in LINEARS
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What numbers are held in, as sizes.
+
+    ``dtype_bytes`` of a weight or activation, and of keys, values and conv states;
+    ``state_dtype_bytes`` of the SSM state; and whether the matrices are quantised.
+    """
+
+    dtype_bytes: int = 2
+    state_dtype_bytes: int = 4
+    quantization: Quantization = Quantization.NONE
+
+    def weight_bytes(self, config: ModelConfig) -> int:
+        """Bytes of a loaded model."""
+        return count_weights(config).memory_bytes(self.dtype_bytes, self.quantization)
+
+    def slot_bytes(self, config: ModelConfig) -> int:
+        """Bytes of the conv and SSM state of a sequence, whatever its length."""
+        return (
+            config.conv_state_elements * self.dtype_bytes
+            + config.ssm_state_elements * self.state_dtype_bytes
+        )
+
+    def token_bytes(self, config: ModelConfig) -> int:
+        """Bytes of keys and values that a token adds."""
+        return config.kv_elements_per_token * self.dtype_bytes

@@ -42,7 +42,7 @@ def load_model(
             if model.lm_head is None:
                 # The embeddings are looked up as they are; what makes the logits is a copy.
                 model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            quantize_layers(model, dtype)
+            quantize_layers(model, config, dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     _fill(model, checkpoint)
     return model

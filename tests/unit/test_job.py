@@ -335,7 +335,6 @@ def test_a_wrong_value(tmp_path: Path, section: str, line: str, expected: str) -
         ("model", "quantization: int4", "model.quantization"),
         ("model", "kv_dtype: int8", "model.kv_dtype"),
         ("model", "kv_dtype: bfloat16", "model.kv_dtype"),
-        ("schedule", '"0 2 * * *"', "schedule"),
         ("errors", "canary_rows: 5", "errors.canary_rows"),
         ("limits", "max_hours: 1", "limits.max_hours"),
         ("limits", "max_tokens: 5", "limits.max_tokens"),

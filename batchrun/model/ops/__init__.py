@@ -1,8 +1,9 @@
 """The operators that a GPU has better ways to compute, and the one place that chooses.
 
 :class:`Ops` is the interface. :class:`~batchrun.model.ops.plain.PlainOps` implements it in plain
-PyTorch, on any device: it is what runs on a CPU, and what every faster implementation is tested
-against. :class:`~batchrun.model.ops.fast.TritonOps` is what runs on a GPU.
+PyTorch, on any device: it is what every faster implementation is tested against.
+:class:`~batchrun.model.ops.native.NativeOps` are compiled for the CPU that they run on,
+:class:`~batchrun.model.ops.fast.TritonOps` are Triton kernels for a GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from batchrun.model.config import ModelConfig
 from batchrun.model.layout import AttentionLayout, PrefillLayout
-from batchrun.model.ops import mamba_kernels
+from batchrun.model.ops import mamba_kernels, native
+from batchrun.model.ops.build import NoCompiler, load_library
 from batchrun.model.ops.plain import PlainOps
 
 _MIN_CAPABILITY = (8, 0)
@@ -115,15 +118,32 @@ class Selection:
     hint: str = ""
 
 
-def select_ops(device: torch.device, *, deterministic: bool = False) -> Selection:
-    """The operators for ``device``; call it once, when a model is loaded.
+def select_ops(
+    device: torch.device, config: ModelConfig | None = None, *, deterministic: bool = False
+) -> Selection:
+    """The operators for ``device`` and, if given, a model of ``config``.
 
-    On a GPU these are the Triton kernels where they can be used, and whether they can be compiled
-    is tried with the smallest of them. ``deterministic`` takes fixed configurations of the kernels
-    instead of the fastest ones, which may differ from one process to the next.
+    On a CPU they are compiled for it where that is possible, which may take some seconds. On a GPU
+    they are Triton kernels where these can be used; whether they can be compiled is tried with the
+    smallest of them. ``deterministic`` takes fixed configurations of the kernels instead of the
+    fastest ones, which may differ from one process to the next.
     """
-    if device.type != "cuda":
+    if device.type == "cuda":
+        return _select_gpu_ops(device, deterministic)
+    if device.type != "cpu":
         return Selection(PlainOps(), f"plain PyTorch operators on {device.type}")
+    reason = None if config is None else native.problem(config)
+    if reason is None:
+        try:
+            return Selection(
+                native.NativeOps(load_library()), "operators compiled for this CPU (native.cpp)"
+            )
+        except NoCompiler as error:
+            reason = str(error)
+    return Selection(PlainOps(), f"plain PyTorch operators on cpu; not compiled ones: {reason}")
+
+
+def _select_gpu_ops(device: torch.device, deterministic: bool) -> Selection:
     obstacle = mamba_kernels.find_obstacle()
     capability = torch.cuda.get_device_capability(device)
     if obstacle is None and capability < _MIN_CAPABILITY:

@@ -124,6 +124,9 @@ def test_the_model_is_that_of_the_widened_matrices(config: ModelConfig, tmp_path
     expected = Driver(twin(model, config)).run(ids)
     assert_close(Driver(model).run(ids), expected)
     assert_close(Driver(model).run(ids, cuts=range(3, 30)), expected)
+    model.prepare()
+    assert not any(name.endswith("q_proj.weight") for name, _ in model.named_parameters())
+    assert_close(Driver(model).run(ids), expected)
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE, BIASED, TIED])
