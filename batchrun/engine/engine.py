@@ -180,7 +180,7 @@ class Engine:
             model = random_model(config, dtype, device, quantization)
         else:
             model = load_model(folder, config, dtype, device, quantization)
-        model.prepare()
+        model.prepare(deterministic=options.deterministic)
         runner = ModelRunner(
             model,
             plan,

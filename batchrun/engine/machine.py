@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -25,32 +24,33 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Torch, its GPUs, and the operators that the engine would use here, with the reason."""
+    """Torch, its GPUs, and the operators that the engine would use here, with the reason and what
+    would bring better ones (empty: there are none)."""
 
     torch_version: str
     cuda_version: str | None
     gpus: tuple[Gpu, ...]
     num_threads: int
     ops: str
-    has_kernels: bool
+    ops_hint: str
 
 
 def inspect_machine() -> Machine:
-    """Look at this machine. Needs no GPU; allocates nothing."""
+    """Look at this machine. Needs no GPU; on one, a small kernel is compiled and run."""
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             gpus.append(Gpu(name, total, free, torch.cuda.get_device_capability(index)))
-    device = torch.device("cuda" if gpus else "cpu")
+    selection = select_ops(torch.device("cuda" if gpus else "cpu"))
     return Machine(
         torch_version=torch.__version__,
         cuda_version=torch.version.cuda,
         gpus=tuple(gpus),
         num_threads=torch.get_num_threads(),
-        ops=select_ops(device).reason,
-        has_kernels=all(importlib.util.find_spec(name) for name in ("mamba_ssm", "triton")),
+        ops=selection.reason,
+        ops_hint=selection.hint,
     )
 
 

@@ -43,6 +43,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("engine/",),
     "llguidance": ("engine/constraints.py",),
     "safetensors": ("model/weights.py",),
+    "triton": ("model/ops/",),
+    "mamba_ssm": ("model/ops/mamba_kernels.py",),
     "jinja2": ("engine/chat.py", "prompts.py"),
     "pyarrow": ("data/",),
     "fsspec": ("data/",),
