@@ -88,15 +88,16 @@ class NemotronH(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        """Choose the operators, and arrange the weights for speed, layer by layer; they must not
-        change afterwards.
+    def prepare(self, *, deterministic: bool = False) -> None:
+        """Choose the operators, as :func:`select_ops` does, and arrange the weights for speed,
+        layer by layer; they must not change afterwards.
 
         Matrices that share their input become one, so that not all names are those of checkpoints
         any more. No second copy is kept.
         """
         if self.ops is None:
-            self.ops = select_ops(self.backbone.embeddings.weight.device, self.config).ops
+            device = self.backbone.embeddings.weight.device
+            self.ops = select_ops(device, self.config, deterministic=deterministic).ops
         for layer in self.backbone.layers:
             assert isinstance(layer, Layer)
             if not isinstance(layer.mixer, MLP):
