@@ -34,6 +34,7 @@ COMMANDS = {
     "discard": "Delete a run's parts and bookkeeping.",
     "schedule": "Print the crontab line or Kubernetes objects that run a job on its schedule.",
     "schema": "Print the JSON Schema of the job file.",
+    "bench": "Measure the engine here against what the device allows.",
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 

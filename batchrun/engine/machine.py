@@ -1,8 +1,11 @@
-"""What torch finds on this machine, in words and numbers; for ``batchrun doctor``."""
+"""What torch finds on this machine, in words and numbers."""
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -49,3 +52,33 @@ def inspect_machine() -> Machine:
         ops=selection.reason,
         ops_hint=selection.hint,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What an engine runs on: the name of the GPU or CPU, its memory in bytes, and torch's threads
+    on the host."""
+
+    name: str
+    memory_bytes: int
+    torch_version: str
+    num_threads: int
+
+
+def describe_device(device: torch.device) -> Device:
+    """Name and size of a device."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, size = properties.name, properties.total_memory
+    else:
+        name, size = _cpu_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(name, size, torch.__version__, torch.get_num_threads())
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

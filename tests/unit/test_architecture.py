@@ -20,7 +20,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__"}),
     frozenset({"cli"}),
     frozenset({"cluster"}),
-    frozenset({"pipeline", "preflight", "llm"}),
+    frozenset({"pipeline", "preflight", "llm", "bench"}),
     frozenset({"prompts", "judge"}),
     frozenset({"evaluate"}),
     frozenset({"coordinator", "data", "engine"}),
