@@ -185,6 +185,20 @@ class MetricsDelta:
     histograms: Mapping[Key, Histogram] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One number of the endpoint, with the name and the labels that it has there.
+
+    The parts of a histogram (``_bucket``, ``_sum``, ``_count``) are of kind histogram.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: dict[str, str]
+    value: float
+
+
 class Recorder:
     """Counts in one thread. ``take`` gives what came since the last ``take``."""
 
@@ -287,6 +301,13 @@ class RunMetrics(Collector):
         with self._lock:
             families = [self._family(series) for series in ALL_SERIES]
         return iter(families)
+
+    def samples(self) -> Iterator[Sample]:
+        """Every number that the endpoint would show now."""
+        for family in self.collect():
+            kind = Kind(family.type)
+            for sample in family.samples:
+                yield Sample(sample.name, kind, family.documentation, sample.labels, sample.value)
 
     def serve(self, host: str, port: int) -> int:
         """Serve ``/metrics`` from a thread; the port that is bound, which is another one with a

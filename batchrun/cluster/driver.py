@@ -68,6 +68,7 @@ from batchrun.records import Counts
 
 if TYPE_CHECKING:
     from batchrun.cluster.fleet import Fleet, News, WorkerReported
+    from batchrun.cluster.raymetrics import RayMetrics
 
 _SHOW_EVERY_S = 0.5
 _SAVE_EVERY_S = 3.0
@@ -276,6 +277,7 @@ class _Driver:
         )
         self._tally = Tally(opened.total_rows, len(opened.shards), opened.parts)
         self._metrics = RunMetrics(job.name, checked.run)
+        self._ray_metrics: RayMetrics | None = None
         self._fleet: Fleet | None = None
         self._outcome: Outcome | None = None
         self._ready_at: float | None = None  # when the first worker had loaded
@@ -293,9 +295,13 @@ class _Driver:
         if not self._state.finished:
             self._serve_metrics()
             self._fleet = self._make_fleet(cluster, deterministic, source)
+            if not cluster.is_local:  # a Ray of our own has no dashboard
+                from batchrun.cluster.raymetrics import RayMetrics
+
+                self._ray_metrics = RayMetrics(self._metrics)
         self._do(commands)
         while self._outcome is None:
-            if self._stop.is_set():
+            if self._stop.is_set() or self._lock.cancelled.is_set():
                 self._stop_gracefully()
                 break
             self._lock.check()
@@ -435,6 +441,8 @@ class _Driver:
         if now - self._saved_at >= _SAVE_EVERY_S:
             self._saved_at = now
             self._save(progress)
+            if self._ray_metrics is not None:
+                self._ray_metrics.update()
 
     def _count(self, progress: Progress) -> None:
         """Bring the endpoint's series up to date. Rows that a lost worker had finished and that

@@ -74,6 +74,10 @@ class Worker:
         self._pipeline: Pipeline | None = None
         self._draining = False
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call the actor."""
+        return f"batchrun({self._settings.job.name} {self._settings.run[:8]})"
+
     def load(self) -> Loaded:
         """Load the engine; may take minutes. Raises CheckpointError and the like."""
         from batchrun.engine.engine import Engine

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from batchrun.data.cancel import clear_cancel, is_cancel_requested
 from batchrun.data.layout import LOCK, epoch_path, run_folder
 from batchrun.data.store import Store
 from batchrun.errors import BatchrunError, OutputError, OutputHeldError
@@ -111,7 +112,8 @@ class RunLock:
     """The lock of one output, held by this process under a number of its own, the epoch.
 
     A thread beats the counter until :meth:`release`. ``lost`` is set when another driver took
-    over, which happens only when this one seemed dead for long.
+    over, which happens only when this one seemed dead for long; ``cancelled`` when somebody asked
+    the run to stop (:mod:`batchrun.data.cancel`).
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class RunLock:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self.lost = threading.Event()
+        self.cancelled = threading.Event()
 
     @property
     def epoch(self) -> int:
@@ -152,6 +155,7 @@ class RunLock:
             self._watch(seen)
         self._claim(0 if seen is None else seen.epoch)
         self._store.put(LOCK, self._state.to_bytes())
+        clear_cancel(self._store, self._run)
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
         return self
@@ -225,6 +229,8 @@ class RunLock:
                     return
                 self._state = replace(self._state, counter=self._state.counter + 1)
                 self._store.put(LOCK, self._state.to_bytes())
+                if is_cancel_requested(self._store, self._run):
+                    self.cancelled.set()
             except BatchrunError:
                 # Storage is away. The run itself decides how long to bear that; when it is back,
                 # the next beat shows whether somebody took over.

@@ -28,7 +28,7 @@ from batchrun.engine.transcript import Transcript
 from batchrun.errors import RequestError
 from batchrun.model.config import ModelConfig, load_config
 from batchrun.model.hybrid import NemotronH
-from batchrun.model.weights import load_model
+from batchrun.model.weights import load_model, random_model
 from batchrun.records import ErrorKind, FinishReason, RowError
 
 _log = logging.getLogger(__name__)
@@ -174,8 +174,13 @@ class Engine:
         )
         for note in plan.notes:
             _log.warning("%s", note)
-        model: NemotronH = load_model(folder, config, dtype, device, options.precision.quantization)
-        model.prepare()
+        quantization = options.precision.quantization
+        model: NemotronH
+        if options.random_weights:
+            model = random_model(config, dtype, device, quantization)
+        else:
+            model = load_model(folder, config, dtype, device, quantization)
+        model.prepare(deterministic=options.deterministic)
         runner = ModelRunner(
             model,
             plan,

@@ -41,7 +41,8 @@ class EngineOptions:
     half of it. ``num_threads`` is torch's; None leaves it as it is. A small model on a CPU runs on
     one thread whatever it says. ``prefix_states`` keeps the states of prompt beginnings that many
     prompts share, so that they are computed once; with ``deterministic`` it is off, because where
-    a prompt is cut would depend on what else the engine has seen.
+    a prompt is cut would depend on what else the engine has seen. ``random_weights`` take the place
+    of the checkpoint's, of which only the config is read then: for measurements.
 
     :raises RequestError: a value that is not one of those named.
     """
@@ -59,6 +60,7 @@ class EngineOptions:
     memory_bytes: int | None = None
     num_threads: int | None = None
     prefix_states: bool = True
+    random_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dtype", "state_dtype"):

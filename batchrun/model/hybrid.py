@@ -88,12 +88,16 @@ class NemotronH(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        """Arrange the weights for speed, layer by layer; they must not change afterwards.
+    def prepare(self, *, deterministic: bool = False) -> None:
+        """Choose the operators, as :func:`select_ops` does, and arrange the weights for speed,
+        layer by layer; they must not change afterwards.
 
         Matrices that share their input become one, so that not all names are those of checkpoints
         any more. No second copy is kept.
         """
+        if self.ops is None:
+            device = self.backbone.embeddings.weight.device
+            self.ops = select_ops(device, self.config, deterministic=deterministic).ops
         for layer in self.backbone.layers:
             assert isinstance(layer, Layer)
             if not isinstance(layer.mixer, MLP):
@@ -107,7 +111,7 @@ class NemotronH(nn.Module):
         from where the state stands, one token of each of many sequences, or all of that at once.
         """
         if self.ops is None:
-            self.ops = select_ops(batch.token_ids.device).ops
+            self.ops = select_ops(batch.token_ids.device, self.config).ops
         h = self.backbone(batch, state, self.ops)  # [L, hidden]
         if self.lm_head is None:
             return torch.nn.functional.linear(h, self.backbone.embeddings.weight).float()

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from batchrun.errors import CheckpointError
-from batchrun.model.checkpoint import Checkpoint, check_checkpoint
+from batchrun.model.checkpoint import Checkpoint, check_checkpoint, expected_tensors
 from batchrun.model.config import ModelConfig
 from batchrun.model.hybrid import NemotronH
 from batchrun.model.quantize import Int8Linear, quantize_layers
+from batchrun.model.random_weights import random_weight
 from batchrun.model.sizes import Quantization
 
 
@@ -34,7 +35,30 @@ def load_model(
     Raises :class:`CheckpointError` as :func:`check_checkpoint` does.
     """
     checkpoint = check_checkpoint(folder, config)
-    config = checkpoint.config
+    model = _empty_model(checkpoint.config, dtype, device, quantization)
+    _fill(model, checkpoint)
+    return model
+
+
+def random_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: Quantization = Quantization.NONE,
+) -> NemotronH:
+    """A model as :func:`load_model` makes it, with random weights: for measurements."""
+    model = _empty_model(config, dtype, device, quantization)
+    for name, shape in expected_tensors(config).items():
+        _place(model, name, random_weight(name, shape, device=device))
+    return model
+
+
+def _empty_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: Quantization,
+) -> NemotronH:
     with torch.device("meta"):
         model = NemotronH(config)
         model = model.to(dtype)
@@ -43,9 +67,7 @@ def load_model(
                 # The embeddings are looked up as they are; what makes the logits is a copy.
                 model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             quantize_layers(model, config, dtype)
-    model = model.to_empty(device=device).requires_grad_(False).eval()
-    _fill(model, checkpoint)
-    return model
+    return model.to_empty(device=device).requires_grad_(False).eval()
 
 
 def _fill(model: NemotronH, checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from batchrun.data.cancel import is_cancel_requested, request_cancel
 from batchrun.data.layout import LOCK, epoch_path
 from batchrun.data.lock import Holder, LockState, RunLock, is_live, read_lock
 from batchrun.data.store import Store
@@ -202,3 +203,21 @@ def test_an_object_that_is_no_lock_is_refused(store: Store) -> None:
         store.put(LOCK, data)
         with pytest.raises(OutputError, match="is not a lock"):
             lock_of(store).acquire()
+
+
+def test_a_request_to_stop_reaches_the_holder_with_its_next_beat(store: Store) -> None:
+    """Whoever can write the output can ask its run to stop."""
+    with lock_of(store, beat_s=0.01) as lock:
+        assert not lock.cancelled.wait(0.05)
+        request_cancel(store, "another")
+        assert not lock.cancelled.wait(0.05)
+        request_cancel(store, "run")
+        assert lock.cancelled.wait(5)
+
+
+def test_a_request_to_stop_does_not_outlive_its_driver(store: Store) -> None:
+    """The next submit is not stopped by what was meant for the one before."""
+    request_cancel(store, "run")
+    with lock_of(store, beat_s=0.01) as lock:
+        assert not lock.cancelled.wait(0.1)
+    assert not is_cancel_requested(store, "run")
