@@ -86,6 +86,7 @@ def measure(args: argparse.Namespace) -> None:
         memory_bytes=args.memory_mib << 20,
         max_model_len=args.prompt + args.output,
         sequence_tokens=args.prompt + args.output,
+        max_batch_tokens=512,
         prefix_states=False,
     )
     rates: dict[str, list[float]] = {}
