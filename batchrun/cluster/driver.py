@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from batchrun.cluster.fleet import Fleet, News, WorkerGone, WorkerReported
+    from batchrun.cluster.raymetrics import RayMetrics
     from batchrun.reports import WorkReport
 
 _SHOW_EVERY_S = 0.5
@@ -293,6 +294,7 @@ class _Driver:
         self._sweeper = JournalSweeper(checked.store, checked.run)
         self._tally = Tally(opened.total_rows, len(opened.shards), opened.parts)
         self._metrics = RunMetrics(job.name, checked.run)
+        self._ray_metrics: RayMetrics | None = None
         self._fleet: Fleet | None = None
         self._outcome: Outcome | None = None
         self._ready_at: float | None = None  # when the first worker had loaded
@@ -310,6 +312,10 @@ class _Driver:
         if not self._state.finished:
             self._serve_metrics()
             self._fleet = self._make_fleet(cluster, deterministic, source)
+            if not cluster.is_local:  # a Ray of our own has no dashboard
+                from batchrun.cluster.raymetrics import RayMetrics
+
+                self._ray_metrics = RayMetrics(self._metrics)
         self._do(commands)
         while self._outcome is None:
             if self._stop.is_set() or self._lock.cancelled.is_set():
@@ -413,7 +419,8 @@ class _Driver:
         match news:
             case WorkerLoaded(worker, loaded, waited_s):
                 self._ready_at = self._ready_at or time.monotonic()
-                self._spent(worker, "load", loaded.load_s)
+                self._spent(worker, "load", loaded.load_s - loaded.compile_s)
+                self._spent(worker, "compile", loaded.compile_s)
                 self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
                 self._handle(WorkerReady(worker, loaded.max_sequences, loaded.device, waited_s))
             case WorkerReported():
@@ -489,6 +496,8 @@ class _Driver:
         if now - self._saved_at >= _SAVE_EVERY_S:
             self._saved_at = now
             self._save(progress)
+            if self._ray_metrics is not None:
+                self._ray_metrics.update()
 
     def _count(self, progress: Progress) -> None:
         """Bring the endpoint's series up to date. Rows that a lost worker had finished and that
