@@ -30,6 +30,7 @@ COMMANDS = {
     "sweep": "Run a job at several thinking budgets: accuracy and cost of each.",
     "validate": "Check a job without running it: every problem, with its line.",
     "status": "Show how far a run is, from its output alone.",
+    "retry": "Run the rows that failed again, and put their parts anew.",
     "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
     "schedule": "Print the crontab line or Kubernetes objects that run a job on its schedule.",
@@ -41,7 +42,7 @@ COMMANDS = {
 # A module of this package called `list` would take the builtin's name in here.
 _MODULES = {"list": "listing"}
 
-PLANNED = ("plan", "report", "retry")
+PLANNED = ("plan", "report")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +28,8 @@ _CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was looked at, and every thing that is not as it should be."""
+    """What was looked at, and every thing that is not as it should be. ``kept`` says how many of
+    the parts are of other runs, by run, where a changed job took them over."""
 
     run_id: str
     num_shards: int
@@ -36,6 +37,7 @@ class Verdict:
     num_parts: int
     counts: Counts
     problems: tuple[str, ...]
+    kept: Mapping[str, int] = field(default_factory=dict)
 
 
 def verify_run(store: Store) -> Verdict:
@@ -68,7 +70,15 @@ def verify_run(store: Store) -> Verdict:
     counts = sum((part.counts for part in parts.values()), Counts())
     owners = {number: kept.runs.get(number, run) for number in parts}
     problems += _check_success(store, parts, owners, counts, complete=len(parts) == len(shards))
-    return Verdict(run, len(shards), count_rows(shards), len(parts), counts, tuple(problems))
+    return Verdict(
+        run,
+        len(shards),
+        count_rows(shards),
+        len(parts),
+        counts,
+        tuple(problems),
+        kept.num_parts,
+    )
 
 
 @dataclass(frozen=True, slots=True)
