@@ -12,6 +12,7 @@ from batchrun.cli.options import debug_option, json_option, set_option
 from batchrun.cli.progress import ProgressView
 from batchrun.cli.runner import RunOptions, report, run_options
 from batchrun.cli.status import names_a_job
+from batchrun.cli.submit import submit_to
 
 if TYPE_CHECKING:
     from batchrun.cluster.summary import Summary
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 @click.option(
     "--address",
     metavar="URL",
-    help="The Ray cluster to run on, as for `batchrun run`; default: ray.address of the job, "
-    "RAY_ADDRESS, or a Ray of its own on this machine.",
+    help="The Ray cluster: its dashboard (http://...), as for `batchrun submit`, or its head, as for "
+    "`batchrun run`; default: ray.address of the job, RAY_ADDRESS, or a Ray of its own here.",
 )
 @run_options
 @json_option
@@ -50,7 +51,8 @@ def command(
     Samples that did not fail so stay as they are. OUTPUT_OR_JOB is an output, whose run knows its
     job, or the job file that wrote it: then keys that do not determine the content, such as
     errors.row_timeout_s or resources, come from the file. What was cut off goes on with the same
-    command.
+    command. With the address of a dashboard it runs as a job of that cluster, and is followed to
+    its end.
     """
     from batchrun.cluster.rerun import recorded_job, retry_job
     from batchrun.job import parse_job
@@ -64,6 +66,10 @@ def command(
         source, model_path = recorded_job(where, overrides)
     job = parse_job(source)
     place = address or job.ray.address or os.environ.get("RAY_ADDRESS")
+
+    if place and place.startswith(("http://", "https://")):
+        flags = ["--errors", ",".join(kinds), *(["--deterministic"] if deterministic else [])]
+        return submit_to(place, job, "retry", flags, wait=True, as_json=as_json)
 
     def run(stop: threading.Event, view: ProgressView) -> Summary:
         return retry_job(

@@ -69,7 +69,7 @@ def command(
         run_id = "" if skip_checks else _checked(job, source, keep_finished=keep_finished)
         flags = ["--deterministic"] if deterministic else []
         flags += ["--keep-finished"] if keep_finished else []
-        return _submit(job, where, run_id, flags, wait=wait, as_json=as_json)
+        return submit_to(where, job, "run", flags, run_id=run_id, wait=wait, as_json=as_json)
     if wait or skip_checks:
         flag = "--wait" if wait else "--skip-checks"
         raise click.UsageError(f"{flag} is for a cluster: give --address")
@@ -84,13 +84,21 @@ def _checked(job: Job, source: JobSource, *, keep_finished: bool) -> str:
     return check(job, source, keep_finished=keep_finished).run
 
 
-def _submit(
-    job: Job, address: str, run_id: str, flags: Sequence[str], *, wait: bool, as_json: bool
+def submit_to(
+    address: str,
+    job: Job,
+    command: str,
+    flags: Sequence[str],
+    *,
+    run_id: str = "",
+    wait: bool,
+    as_json: bool,
 ) -> int:
+    """Start ``batchrun COMMAND`` for a job on the cluster with this dashboard; the exit code."""
     from batchrun.cluster.jobs import ClusterJobs
 
     jobs = ClusterJobs(address)
-    job_id = jobs.submit(job, run_id=run_id, flags=flags)
+    job_id = jobs.submit(job, run_id=run_id, command=command, flags=flags)
     if not as_json:
         click.echo(f"{job_id}\n{jobs.url(job_id)}")
     if not wait:

@@ -109,20 +109,21 @@ class ClusterJobs:
         """Where a person looks at one job."""
         return f"{self.dashboard_url}/#/jobs/{job_id}"
 
-    def submit(self, job: Job, *, run_id: str = "", flags: Sequence[str] = ()) -> str:
-        """Start ``batchrun run`` with ``flags`` for ``job`` on the cluster; the id of the job.
+    def submit(
+        self, job: Job, *, run_id: str = "", command: str = "run", flags: Sequence[str] = ()
+    ) -> str:
+        """Start ``batchrun run``, or another ``command`` that runs ``job`` in a cluster, with
+        ``flags``; the id of the job.
 
         Raises JobError where ``ray.runtime_env`` has keys that the shipping needs itself.
         """
         job_id = f"{_slug(job.name)}-{(run_id or secrets.token_hex(4))[:8]}-{secrets.token_hex(3)}"
-        command = ["python", "-m", "batchrun", "run", _JOB_FILE, "--address", "auto", *flags]
+        words = ["python", "-m", "batchrun", command, _JOB_FILE, "--address", "auto", *flags]
         with tempfile.TemporaryDirectory(prefix="batchrun-") as folder:
             (Path(folder) / _JOB_FILE).write_text(shipped_job(job), encoding="utf-8")
             runtime_env = _runtime_env(job, folder)
             until = time.monotonic() + _AGENT_S
-            while not self._submit(
-                job_id, shlex.join(command), runtime_env, _metadata(job, run_id)
-            ):
+            while not self._submit(job_id, shlex.join(words), runtime_env, _metadata(job, run_id)):
                 if time.monotonic() > until:
                     raise ClusterError(
                         f"the Ray cluster at {self.address!r} has no node that takes jobs",

@@ -13,7 +13,14 @@ from batchrun.data.checkpoints import fetch, is_remote, remote_fingerprint
 from batchrun.data.inputs import InputFile, list_input
 from batchrun.data.layout import canonical_json, run_id
 from batchrun.data.plan import PlanRule
-from batchrun.data.run import OpenedRun, check_output, check_run, open_retry, open_run
+from batchrun.data.run import (
+    OpenedRun,
+    check_keepable,
+    check_output,
+    check_run,
+    open_retry,
+    open_run,
+)
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat
 from batchrun.errors import JobError
@@ -81,10 +88,20 @@ class CheckedJob:
             metadata=metadata,
         )
 
+    @property
+    def _rule(self) -> PlanRule:
+        generation = self.job.generation
+        return PlanRule(
+            input_columns(self.job), generation.max_tokens, generation.n, self.job.input.limit
+        )
+
+    def check_keepable(self) -> None:
+        """Raise OutputError unless what is finished in the output could stay; only reads."""
+        check_keepable(self.store, self.semantic, self.files, self._rule, self.part_format)
+
     def open(self) -> OpenedRun:
         """Begin or resume the run; only while its lock is held. See :func:`open_run`."""
-        rows, generation = self.job.input, self.job.generation
-        rule = PlanRule(input_columns(self.job), generation.max_tokens, generation.n, rows.limit)
+        rows, rule = self.job.input, self._rule
         paths = rows.path if isinstance(rows.path, str) else list(rows.path)
         files = list_input(paths, rows.storage_options, known=self.files)
         if self.retry is not None:
@@ -112,7 +129,7 @@ def check(job: Job, source: JobSource | None, *, keep_finished: bool = False) ->
     semantic = {**job.semantic(), "checkpoint": fingerprint}
     store = Store.open(job.output.path, job.output.storage_options)
     check_output(store, semantic, keep_finished=keep_finished)
-    return CheckedJob(
+    checked = CheckedJob(
         job,
         store,
         semantic,
@@ -120,6 +137,9 @@ def check(job: Job, source: JobSource | None, *, keep_finished: bool = False) ->
         files=inspection.files,
         keep_finished=keep_finished,
     )
+    if keep_finished:
+        checked.check_keepable()
+    return checked
 
 
 def check_retry(

@@ -31,6 +31,7 @@ from batchrun.data.parts import (
     part_to_json,
 )
 from batchrun.data.plan import (
+    Plan,
     PlanChange,
     PlanRule,
     append_plan,
@@ -482,17 +483,7 @@ def _take_over(
     shards = tuple(plan.shards.values())
     old = RunDirectory(store, before, n=samples_per_row(store, before))
     parts = old.committed(shards) if shards else {}
-    kept_before = read_kept_parts(store, before)
-    change = change_plan(plan, files, rule, parts, keep_finished=True)
-    check_columns(
-        store, parts.values(), kept_before.runs, part_format.schema(change.schema.carried)
-    )
-    for shard in shards:
-        if shard.number in parts and parts[shard.number].num_rows != shard.num_rows * rule.n:
-            raise OutputError(
-                f"output: the finished parts of {store.url} do not have {rule.n} samples a row",
-                _WAYS_ON,
-            )
+    change = _keepable(store, before, plan, parts, files, rule, part_format)
     store.delete([SUCCESS])
     planned = read_plan(store, run, rule.columns)
     wanted = {shard.number: shard for shard in (*change.kept, *change.added)}
@@ -509,6 +500,48 @@ def _take_over(
     keep_parts(store, run, before, kept, wanted.values())
     _write_job(store, run, job)
     delete_journal(store, before)
+
+
+def check_keepable(
+    store: Store,
+    semantic: Mapping[str, object],
+    files: Sequence[InputFile],
+    rule: PlanRule,
+    part_format: PartFormat,
+) -> None:
+    """Raise OutputError unless a run of this job could take over what is finished in ``store``.
+
+    Only reads.
+    """
+    before = find_run(store)
+    if before is None or before == run_id(semantic):
+        return
+    plan = read_plan(store, before, rule.columns)
+    parts = RunDirectory(store, before).recorded(tuple(plan.shards.values()))
+    _keepable(store, before, plan, parts, files, rule, part_format)
+
+
+def _keepable(
+    store: Store,
+    before: str,
+    plan: Plan,
+    parts: Mapping[int, Part],
+    files: Sequence[InputFile],
+    rule: PlanRule,
+    part_format: PartFormat,
+) -> PlanChange:
+    """What becomes of the plan of the run ``before`` when its ``parts`` are kept; raises where
+    they would not fit beside parts of ``part_format``."""
+    change = change_plan(plan, files, rule, parts, keep_finished=True)
+    runs = read_kept_parts(store, before).runs
+    check_columns(store, parts.values(), runs, part_format.schema(change.schema.carried))
+    for shard in plan.shards.values():
+        if shard.number in parts and parts[shard.number].num_rows != shard.num_rows * rule.n:
+            raise OutputError(
+                f"output: the finished parts of {store.url} do not have {rule.n} samples a row",
+                _WAYS_ON,
+            )
+    return change
 
 
 def _write_job(store: Store, run: str, job: Mapping[str, object]) -> None:

@@ -182,7 +182,9 @@ def _orphans(
         if not name.isdecimal() or int(name) not in numbers:
             yield f"{journal_folder(run)}/{name}: is the journal of no planned shard"
     for folder in store.folders(FOLDER):
-        if folder != run and folder not in kept.earlier:
+        # Without the job's record it is what a submit left that ended before it was one.
+        is_run = store.info(f"{run_folder(folder)}/job.json") is not None
+        if folder != run and folder not in kept.earlier and is_run:
             yield f"{FOLDER}/{folder}: is the bookkeeping of another run"
 
 

@@ -154,9 +154,11 @@ def test_finished_parts_stay_when_the_job_changes(
     work.write("a", sums(3), max_tokens=pa.array([AT_ONCE] * 3, pa.int64()))
     work.write("b", sums(2, start=30), max_tokens=pa.array([None] * 2, pa.int64()))
     given = sections()
+    del given["evaluate"]
 
-    def job(max_tokens: int) -> dict[str, object]:
-        return work.raw("out", **{**given, "generation": {**QUICK, "max_tokens": max_tokens}})
+    def job(max_tokens: int, **more: object) -> dict[str, object]:
+        generation = {**QUICK, "max_tokens": max_tokens, **more}
+        return work.raw("out", **{**given, "generation": generation})
 
     stop = threading.Event()
     with monkeypatch.context() as patch:
@@ -170,8 +172,10 @@ def test_finished_parts_stay_when_the_job_changes(
     assert "generation.max_tokens: 4000 -> 5" in refused.value.message
     for way in ("another output", "batchrun discard", "--keep-finished"):
         assert way in refused.value.hint
+    books = sorted(path.name for path in (work.folder / "out/_batchrun").iterdir())
     with pytest.raises(OutputError, match="other columns"):
-        run({**job(5), "evaluate": None}, keep_finished=True)
+        run(job(5, logprobs=1), keep_finished=True)
+    assert sorted(path.name for path in (work.folder / "out/_batchrun").iterdir()) == books
     assert run(job(5), keep_finished=True).exit_code == 0
     assert checksums(work, "out")[name] == kept
     tokens = [row["completion_tokens"] for row in work.rows("out")]
