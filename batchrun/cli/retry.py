@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--address",
     metavar="URL",
-    help="The Ray cluster: its dashboard (http://...), as for `batchrun submit`, or its head, as for "
+    help="The Ray cluster: its dashboard (http://...) as for `batchrun submit`, or its head as for "
     "`batchrun run`; default: ray.address of the job, RAY_ADDRESS, or a Ray of its own here.",
 )
 @run_options
