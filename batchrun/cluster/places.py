@@ -26,4 +26,6 @@ def located(raw: Mapping[str, object]) -> dict[str, Any]:
 def absolute(path: str) -> str:
     """A local path seen from the root; URLs stay as they are."""
     # Not resolve(): a glob stays as it is, and a link may point elsewhere on a cluster.
-    return path if "://" in path else str(Path.cwd() / Path(path).expanduser())
+    local = Path(path).expanduser()
+    # The folder that a process runs in may be gone, so it is asked for where it matters.
+    return path if "://" in path else str(local if local.is_absolute() else Path.cwd() / local)
