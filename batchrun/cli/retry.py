@@ -101,7 +101,7 @@ def _kinds(errors: str | None) -> tuple[ErrorKind, ...]:
             close = nearest(name, known)
             raise click.UsageError(
                 f"--errors: there is no error {name!r}"
-                + (f", did you mean {close}?" if close else "")
+                + (f", did you mean {close}?" if close else ".")
                 + f" The kinds are {', '.join(known)}"
             )
     if not names:

@@ -132,10 +132,11 @@ class Summary:
                     "errors.canary_rows is how many rows are run first",
                 )
             case OutcomeKind.LIMIT_REACHED:
+                verb = "submit" if self.retried is None else "retry"
                 return InterruptedRunError(
                     f"{self.message}: {self._done} are done",
-                    "everything finished so far is kept; raise the limit, or submit again to go on "
-                    "with a new one",
+                    f"everything finished so far is kept; raise the limit, or {verb} again to go "
+                    "on with a new one",
                 )
             case OutcomeKind.INTERRUPTED:
                 if self.retried is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from typing import Any
 
@@ -85,13 +86,39 @@ class Crash(BaseException):
     """The driver dies here."""
 
 
+def short_of_time(work: Work, output: str) -> dict[str, object]:
+    """A job that some rows cannot meet, more than it allows."""
+    return work.raw(output, **sections(row_timeout_s=LIMIT, max_failed_rows=1))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """The rows, and in `out` what becomes of them when all have time."""
+    """The rows, in `out` what becomes of them when all have time, in `late` when they have not."""
     work = Work(tmp_path_factory.mktemp("retry"))
     write_rows(work)
     assert run(work.raw("out", **sections())).exit_code == 0
+    late = run(short_of_time(work, "late"))
+    assert (late.exit_code, late.failed_rows) == (3, 3)
     return work
+
+
+def test_a_shard_that_changed_cannot_be_retried_and_stays(undisturbed: Work) -> None:
+    """Its neighbours are healed all the same, from where their files are now; exit code 3."""
+    work = undisturbed
+    shutil.copytree(work.folder / "late", work.folder / "other")
+    shutil.copytree(work.folder / "in", work.folder / "moved")
+    (work.folder / "moved/c.parquet").write_bytes((work.folder / "in/b.parquet").read_bytes())
+    before = checksums(work, "other")
+    place = f"input.path={work.folder / 'moved'}"
+    summary = retry(work, "other", "errors.row_timeout_s=null", place)
+    assert summary.exit_code == 3 and list(summary.failed_shards) == ["000002 (c.parquet)"]
+    assert "1 shards could not be run again" in str(summary.error)
+    assert summary.retried == Retried(tuple(sorted(HEALING)), 3, 2, 2)
+    after = checksums(work, "other")
+    assert [after[name] == before[name] for name in after] == [False, True, True]
+    is_sound(work, "other")
+    status = read_status(Store.open(str(work.folder / "other")))
+    assert (status.counts.failed_rows, status.succeeded) == (1, False)
 
 
 def test_a_retry_heals_the_rows_that_failed_so(
@@ -100,9 +127,6 @@ def test_a_retry_heals_the_rows_that_failed_so(
     """It may be stopped, or die in the middle of replacing a part, and goes on; then the output is
     that of an undisturbed run, scores, counts and all, and a second retry has nothing to do."""
     work = undisturbed
-    raw = work.raw("late", **sections(row_timeout_s=LIMIT, max_failed_rows=1))
-    first = run(raw)
-    assert (first.exit_code, first.failed_rows) == (3, 3)
     before, rows = checksums(work, "late"), work.rows("late")
     assert {row["error"] is None for row in rows if row["max_tokens"] == LATE} == {False}
 
@@ -141,7 +165,8 @@ def test_a_retry_heals_the_rows_that_failed_so(
     status, wanted = (read_status(Store.open(str(work.folder / x))) for x in ("late", "out"))
     assert (status.succeeded, status.counts) == (True, wanted.counts)
     assert status.counts.scores is not None and sum(status.counts.scores.rows_by_correct) == 9
-    assert run(raw).exit_code == 0 and checksums(work, "late") == after
+    again = run(short_of_time(work, "late"))
+    assert again.exit_code == 0 and checksums(work, "late") == after
     nothing = retry(work, "late")
     assert (nothing.exit_code, nothing.retried) == (0, Retried(tuple(sorted(HEALING)), 0, 0, 0))
 

@@ -12,12 +12,13 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.data.inputs import list_input
 from batchrun.data.journal import JournalWriter, read_journal
 from batchrun.data.layout import SUCCESS, journal_folder, retries_folder, run_id, strikes_folder
 from batchrun.data.plan import PlanRule
 from batchrun.data.reader import ShardReader
 from batchrun.data.retry import Retry, apply_staged, begin_retry, read_kept, stage_part
-from batchrun.data.run import OpenedRun
+from batchrun.data.run import OpenedRun, open_retry
 from batchrun.data.status import discard, read_status
 from batchrun.data.store import ObjectInfo, Store
 from batchrun.data.strikes import write_strike
@@ -319,6 +320,30 @@ def test_a_part_that_is_staged_too_late_changes_nothing(make: Callable[..., Site
     site.open()
     assert bytes_of(site) == after and verify_run(site.store).problems == ()
     assert not [x for x in site.store.list(retries_folder(run)) if x.path.endswith(".parquet")]
+
+
+def test_only_what_has_a_part_is_retried(tmp_path: Path) -> None:
+    """Of a run that is not finished the other shards are left, new input is none of a retry's
+    business, and another job's run is refused with what differs."""
+    site = Site(
+        tmp_path,
+        Store.open(str(tmp_path / "out")),
+        rule=PlanRule(COLUMNS, max_tokens=16, n=N),
+        semantic={"input": {"id_column": None}, "generation": {"n": N}},
+    )
+    for name in ("a.parquet", "b.parquet"):
+        site.input(name, 3)
+    opened = site.open()
+    publish_first(site, opened, opened.shards[0])
+    site.input("c.parquet", 3)
+    files = list_input(str(site.folder / "in"))
+    found = open_retry(site.store, site.semantic, files, site.rule, KINDS)
+    assert found.retry is not None
+    assert (found.shards, found.num_unfinished) == (opened.shards[:1], 1)
+    assert (dict(found.retry.rows), found.retry.num_rows) == ({0: Rows.of([1])}, 1)
+    other = {**site.semantic, "generation": {"n": 3}}
+    with pytest.raises(OutputError, match=r"what differs: generation\.n: 2 -> 3"):
+        open_retry(site.store, other, files, site.rule, KINDS)
 
 
 def test_the_first_staged_part_counts(make: Callable[..., Site]) -> None:
