@@ -122,8 +122,8 @@ class Summary:
                     )
                 return TooManyFailuresError(
                     self.message,
-                    "the column `error` of the output says why rows failed; "
-                    "errors.max_failed_rows is how many may",
+                    "the column `error` of the output says why rows failed; `batchrun retry` runs "
+                    "those again that may heal; errors.max_failed_rows is how many may",
                 )
             case OutcomeKind.CANARY_FAILED:
                 return TooManyFailuresError(
