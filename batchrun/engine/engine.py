@@ -86,6 +86,7 @@ class Engine:
         chat: ChatTemplate | None,
         stop_ids: frozenset[int],
         load_seconds: float = 0.0,
+        compile_seconds: float = 0.0,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -94,6 +95,9 @@ class Engine:
         """None for a checkpoint without a chat template."""
         self.memory = plan
         self.load_seconds = load_seconds
+        """What loading took, all of it."""
+        self.compile_seconds = compile_seconds
+        """The part of it in which operators were compiled and steps recorded."""
         self.max_model_len = plan.max_model_len
         self.max_sequences = plan.max_sequences
         self.deterministic = options.deterministic
@@ -180,7 +184,9 @@ class Engine:
             model = random_model(config, dtype, device, quantization)
         else:
             model = load_model(folder, config, dtype, device, quantization)
+        compile_started = time.monotonic()
         model.prepare(deterministic=options.deterministic)
+        compile_seconds = time.monotonic() - compile_started
         runner = ModelRunner(
             model,
             plan,
@@ -192,6 +198,9 @@ class Engine:
             if tokenizer is None
             else Constraints(tokenizer, config.vocab_size, num_threads=torch.get_num_threads()),
         )
+        compile_started = time.monotonic()
+        runner.warm_up(options.max_batch_tokens)
+        compile_seconds += time.monotonic() - compile_started
         return cls(
             runner,
             plan,
@@ -201,6 +210,7 @@ class Engine:
             chat=chat,
             stop_ids=load_stop_ids(folder),
             load_seconds=time.monotonic() - started,
+            compile_seconds=compile_seconds,
         )
 
     @property

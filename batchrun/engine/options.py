@@ -19,6 +19,7 @@ from batchrun.engine.memory import (
     MemoryRequest,
 )
 from batchrun.errors import RequestError
+from batchrun.model.ops.mamba_kernels import find_obstacle
 from batchrun.model.sizes import Precision, Quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -126,6 +127,7 @@ class EngineOptions:
             most_sequences=GPU_SEQUENCES if is_gpu else CPU_SEQUENCES,
             most_snapshots=MAX_SNAPSHOTS if self.prefix_states and not self.deterministic else 0,
             graph_bytes=GRAPH_BYTES if is_gpu else 0,
+            has_kernels=is_gpu and find_obstacle() is None,
         )
 
     def free_memory_bytes(self) -> int:
