@@ -121,7 +121,7 @@ WORKER_SECONDS = Series(
     "batchrun_worker_state_seconds_total",
     Kind.COUNTER,
     "What the workers' time was spent on.",
-    {"state": ("provision", "load", "generate", "starved", "drain")},
+    {"state": ("provision", "load", "compile", "generate", "starved", "drain")},
     per_worker=True,
 )
 ETA = Series("batchrun_eta_seconds", Kind.GAUGE, "Estimated time to the end of the run.")

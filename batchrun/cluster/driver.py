@@ -384,7 +384,8 @@ class _Driver:
         match news:
             case WorkerLoaded(worker, loaded, waited_s):
                 self._ready_at = self._ready_at or time.monotonic()
-                self._spent(worker, "load", loaded.load_s)
+                self._spent(worker, "load", loaded.load_s - loaded.compile_s)
+                self._spent(worker, "compile", loaded.compile_s)
                 self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
                 self._handle(WorkerReady(worker))
             case WorkerReported():

@@ -33,7 +33,7 @@ from batchrun.job import Job
 _KEY = "batchrun."
 _JOB_FILE = "job.yaml"
 _POLL_S = 1.0
-_FOLLOW_POLL_S = 0.5
+_AGENT_S = 30.0  # how long a cluster may take to be able to run jobs after its dashboard answers
 
 
 class JobState(StrEnum):
@@ -118,14 +118,37 @@ class ClusterJobs:
         command = ["python", "-m", "batchrun", "run", _JOB_FILE, "--address", "auto", *flags]
         with tempfile.TemporaryDirectory(prefix="batchrun-") as folder:
             (Path(folder) / _JOB_FILE).write_text(shipped_job(job), encoding="utf-8")
-            with _border(self.address):
-                self._client.submit_job(
-                    entrypoint=shlex.join(command),
-                    submission_id=job_id,
-                    runtime_env=_runtime_env(job, folder),
-                    metadata=_metadata(job, run_id),
-                )
+            runtime_env = _runtime_env(job, folder)
+            until = time.monotonic() + _AGENT_S
+            while not self._submit(
+                job_id, shlex.join(command), runtime_env, _metadata(job, run_id)
+            ):
+                if time.monotonic() > until:
+                    raise ClusterError(
+                        f"the Ray cluster at {self.address!r} has no node that takes jobs",
+                        "its agents may still be starting, or be dead because another Ray on their "
+                        "machine has their port: look at the dashboard and dashboard_agent.log",
+                    )
+                time.sleep(_POLL_S)
         return job_id
+
+    def _submit(
+        self, job_id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    ) -> bool:
+        """Hand a job to the cluster; False while it is too young to take one."""
+        with _border(self.address):
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job_id,
+                    runtime_env=runtime_env,
+                    metadata=metadata,
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error):
+                    raise
+                return False
+        return True
 
     def list(self) -> list[ClusterJob]:
         """The runs among the cluster's jobs, the newest first."""

@@ -55,7 +55,8 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A worker that is ready: where it runs, how many sequences its engine runs at once."""
+    """A worker that is ready: where it runs, how many sequences its engine runs at once, and how
+    long it took, ``compile_s`` of ``load_s`` for compiling."""
 
     host: str
     pid: int
@@ -63,6 +64,7 @@ class Loaded:
     max_sequences: int
     max_model_len: int
     load_s: float
+    compile_s: float = 0.0
 
 
 class Worker:
@@ -89,7 +91,7 @@ class Worker:
         job = self._settings.job
         folder = find_checkpoint(job.model.path, job.model_storage_options)
         self._engine = Engine.load(folder, self._options())
-        return self._begin(started)
+        return replace(self._begin(started), compile_s=self._engine.compile_seconds)
 
     def take_on(self, settings: WorkerSettings) -> Loaded:
         """Work for another run with the engine that is there.

@@ -88,6 +88,7 @@ class Engine:
         stop_ids: frozenset[int],
         load_seconds: float = 0.0,
         num_threads: int | None = None,
+        compile_seconds: float = 0.0,
     ) -> None:
         """``num_threads`` are torch's while a step runs; None leaves them as they are."""
         self.config = config
@@ -97,6 +98,9 @@ class Engine:
         """None for a checkpoint without a chat template."""
         self.memory = plan
         self.load_seconds = load_seconds
+        """What loading took, all of it."""
+        self.compile_seconds = compile_seconds
+        """The part of it in which operators were compiled and steps recorded."""
         self.max_model_len = plan.max_model_len
         self.max_sequences = plan.max_sequences
         self.deterministic = options.deterministic
@@ -184,7 +188,9 @@ class Engine:
             model = random_model(config, dtype, device, quantization)
         else:
             model = load_model(folder, config, dtype, device, quantization)
+        compile_started = time.monotonic()
         model.prepare(deterministic=options.deterministic)
+        compile_seconds = time.monotonic() - compile_started
         runner = ModelRunner(
             model,
             plan,
@@ -198,6 +204,9 @@ class Engine:
                 tokenizer, config.vocab_size, num_threads=num_threads or torch.get_num_threads()
             ),
         )
+        compile_started = time.monotonic()
+        runner.warm_up(options.max_batch_tokens)
+        compile_seconds += time.monotonic() - compile_started
         return cls(
             runner,
             plan,
@@ -208,6 +217,7 @@ class Engine:
             stop_ids=load_stop_ids(folder),
             load_seconds=time.monotonic() - started,
             num_threads=num_threads,
+            compile_seconds=compile_seconds,
         )
 
     @property

@@ -20,6 +20,7 @@ from batchrun.engine.memory import (
 )
 from batchrun.errors import RequestError
 from batchrun.model.config import ModelConfig
+from batchrun.model.ops.mamba_kernels import find_obstacle
 from batchrun.model.packed import has_fast_bfloat16
 from batchrun.model.sizes import Precision, Quantization
 
@@ -144,6 +145,7 @@ class EngineOptions:
             most_sequences=GPU_SEQUENCES if is_gpu else CPU_SEQUENCES,
             most_snapshots=MAX_SNAPSHOTS if self.prefix_states and not self.deterministic else 0,
             graph_bytes=GRAPH_BYTES if is_gpu else 0,
+            has_kernels=is_gpu and find_obstacle() is None,
         )
 
     def free_memory_bytes(self) -> int:

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ import sys
 from ray.cluster_utils import Cluster
 
 memory = 80 * 2**20
+dashboard, *agents = map(int, sys.argv[1:])  # an agent whose port is taken cannot run jobs
 head = dict(num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1",
-            dashboard_port=int(sys.argv[1]), object_store_memory=memory)
+            dashboard_port=dashboard, dashboard_agent_listen_port=agents.pop(),
+            object_store_memory=memory)
 cluster = Cluster(initialize_head=True, head_node_args=head)
-for _ in range(2):
+for port in agents:
     cluster.add_node(num_cpus=2, num_gpus=1, resources={"accelerator_type:A10G": 1},
-                     object_store_memory=memory)
+                     dashboard_agent_listen_port=port, object_store_memory=memory)
 print("up", flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -34,25 +37,28 @@ cluster.shutdown()
 GPUS = {"accelerator_type": "A10G", "workers": 2}
 
 
-def _free_port() -> int:
-    """One that Ray takes: it keeps 10002 to 19999 for its workers."""
-    while True:
-        with socket.socket() as probe:
+def _free_ports(count: int) -> list[int]:
+    """Such that Ray takes: it keeps 10002 to 19999 for its workers."""
+    with ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            probe = stack.enter_context(socket.socket())
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        if not 10002 <= port <= 19999:
-            return port
+            if not 10002 <= port <= 19999:
+                ports.append(port)
+    return ports
 
 
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
     """The address of the cluster's dashboard."""
-    port = _free_port()
+    ports = _free_ports(4)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environ = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": path}
     environ.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
-        [sys.executable, "-c", _CLUSTER, str(port)],
+        [sys.executable, "-c", _CLUSTER, *map(str, ports)],
         env=environ,
         text=True,
         stdin=subprocess.PIPE,
@@ -61,7 +67,7 @@ def dashboard() -> Iterator[str]:
     assert process.stdin is not None and process.stdout is not None
     try:
         assert any(line == "up\n" for line in process.stdout), "the cluster did not start"
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{ports[0]}"
     finally:
         process.stdin.close()
         try:
@@ -116,15 +122,18 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
 ) -> None:
     """`cancel` asks the run to drain first, so it ends by itself with exit code 75. While it runs,
     Ray's dashboard and metrics say which run each actor works for and how far it is."""
-    for number in range(10):
-        work.write(f"{number:02d}", sums(40, start=1 + 40 * number))
-    job = work.job_file(resources=GPUS, generation={"max_tokens": 200, "ignore_eos": True})
+    for number in range(4):
+        work.write(f"{number}", sums(10, start=1 + 10 * number), max_tokens=[32] * 10)
+    work.write("long", sums(120, start=41), max_tokens=[3_900] * 120)  # until it is cancelled
+    job = work.job_file(
+        resources=GPUS, input={"overrides": ["max_tokens"]}, generation={"ignore_eos": True}
+    )
     code, out, _ = batchrun("submit", job, "--address", dashboard, "--json").end()
     submitted = json.loads(out)
     assert 0 == code
     follower = batchrun("logs", submitted["id"], "-f", "--address", dashboard)
     follower.wait_until(lambda: len(work.parts()) >= 2)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not (series := _ray_series(dashboard, "ray_batchrun_rows_total", submitted["run_id"])):
         assert time.monotonic() < deadline, "no series of the run on Ray's metrics"
         time.sleep(1)
@@ -141,12 +150,13 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     assert (True, 75) == (cancelled["drained"], cancelled["exit_code"])
     assert "interrupted" in follower.end()[1]
     done = set(work.parts())
-    assert 2 <= len(done) < 10
-    code, _, err = batchrun("submit", job, "--address", dashboard, "--wait").end(120)
+    assert 2 <= len(done) < 5
+    limits = ("--set", "errors.row_timeout_s=1", "--set", "errors.max_failed_rows=120")
+    code, _, err = batchrun("submit", job, *limits, "--address", dashboard, "--wait").end(120)
     assert 0 == code, err
     assert "resuming" in err
     assert done < set(work.parts())
-    assert 400 == len({row["id"] for row in work.rows()}) == len(work.rows())
+    assert 160 == len({row["id"] for row in work.rows()}) == len(work.rows())
 
 
 def test_what_is_not_there_is_named(batchrun: Start, dashboard: str) -> None:
@@ -171,7 +181,10 @@ def _ray_series(dashboard: str, name: str, run: str) -> list[str]:
         targets = [target for group in json.load(answer) for target in group["targets"]]
     found = []
     for target in targets:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+        except OSError:
+            continue  # Ray lists endpoints of processes that are still to start
         found += [line for line in lines if line.startswith(name) and f'run="{run}"' in line]
     return found

@@ -77,6 +77,10 @@ def test_a_cluster_is_waited_for(here: Path) -> None:
     code, out, _ = run("nightly.yaml", "--address", "http://ray:8265")
     assert code == 0
     assert f"{here}/nightly.yaml --address http://ray:8265 --wait >>" in out
+    from batchrun.cli.submit import command
+
+    options = {name for option in command.params for name in option.opts}
+    assert {"--address", "--wait", "--set"} <= options
 
 
 def test_a_time_zone(here: Path) -> None:

@@ -316,6 +316,12 @@ def test_a_model_runs_on_them(fast: InterpretedOps) -> None:
             driver.step(decodes={"b": b[1]}, prefills={"a": a[9:12]}, padding_rows=1),
         ]
         logits.append(torch.cat([step[name] for step in steps for name in sorted(step)]))
+        # The same once more, as a graph has it: described on the device, with padding.
+        slots = torch.tensor([driver.slots["a"], driver.slots["b"], 0])
+        tables = torch.cat([driver.tables[slots[:2]], torch.zeros_like(driver.tables[:1])])
+        contexts = torch.tensor([driver.contexts["a"], driver.contexts["b"], 1])
+        batch = DecodeBatch(torch.tensor([a[12], b[2], 0]), slots, contexts, tables)
+        logits[-1] = torch.cat([logits[-1], driver.model(batch, driver.state)[:2]])
     assert_same(logits[1], logits[0], 2e-5)
 
 
