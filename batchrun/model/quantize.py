@@ -88,6 +88,8 @@ class Int8Linear(nn.Module):
 
         num_int8 = out_features - num_wide
         self.out_features = out_features
+        self.product = int8_linear
+        """How the products are made: as :func:`int8_linear`, or by a kernel of the device."""
         self.weight = empty(num_int8, in_features, dtype=torch.int8)
         self.scale = empty(num_int8)
         self.wide = empty(num_wide, in_features) if num_wide else None
@@ -134,7 +136,7 @@ class Int8Linear(nn.Module):
         """[T, in_features] -> [T, out_features], in the dtype of ``x``."""
         out = x.new_empty(len(x), self.out_features)
         num_int8 = len(self.weight)
-        int8_linear(x, self.weight, self.scale, out[:, :num_int8])
+        self.product(x, self.weight, self.scale, out[:, :num_int8])
         if self.wide is not None:
             torch.mm(x, self.wide.t(), out=out[:, num_int8:])
         if self.bias is not None:

@@ -22,9 +22,11 @@ from batchrun.model.ops.conv_kernels import (
     conv_state_kernel,
     conv_update_kernel,
 )
+from batchrun.model.ops.int8_kernels import MAX_TOKENS, int8_linear
 from batchrun.model.ops.mamba_kernels import MambaKernels
 from batchrun.model.ops.paged_attention import attend_decodes, attend_prefills
 from batchrun.model.ops.scan_kernels import add_norm_kernel, pass_states_kernel
+from batchrun.model.quantize import int8_linear as widened_linear
 
 _NO_STEP = -1e4
 """A raw dt whose softplus is zero: a token that changes neither output nor state."""
@@ -268,6 +270,15 @@ class TritonOps:
             if layout.longest_prefill:
                 attend_prefills(q, keys, values, out, layout)
         return out
+
+    def int8_linear(self, x: Tensor, integers: Tensor, scale: Tensor, out: Tensor) -> None:
+        """As :func:`batchrun.model.quantize.int8_linear`, which takes over where the weights are
+        used so often that reading them matters no more."""
+        if len(x) > MAX_TOKENS:
+            widened_linear(x, integers, scale, out)
+            return
+        with _device_of(x):
+            int8_linear(_dense_rows(x), integers, scale, out)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -19,6 +19,7 @@ from batchrun.model import quantize as module
 from batchrun.model.checkpoint import expected_tensors
 from batchrun.model.config import ModelConfig, parse_config
 from batchrun.model.hybrid import NemotronH
+from batchrun.model.ops.plain import PlainOps
 from batchrun.model.quantize import Int8Linear, dequantize, int8_linear, quantize
 from batchrun.model.sizes import Quantization, is_linear
 from batchrun.model.weights import load_model
@@ -127,6 +128,30 @@ def test_the_model_is_that_of_the_widened_matrices(config: ModelConfig, tmp_path
     model.prepare()
     assert not any(name.endswith("q_proj.weight") for name, _ in model.named_parameters())
     assert_close(Driver(model).run(ids), expected)
+
+
+class CountingOps(PlainOps):
+    """Operators with a product of their own for quantised matrices."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def int8_linear(self, x: Tensor, integers: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Counted."""
+        self.count += 1
+        int8_linear(x, integers, scale, out)
+
+
+def test_operators_bring_their_product(tmp_path: Path) -> None:
+    """A prepared model makes every product of a quantised matrix by the operators' kernel."""
+    saved(tmp_path, SMALL)
+    model = load(tmp_path, SMALL)
+    ids = random_tokens(SMALL, 9)
+    expected = Driver(model).run(ids)
+    model.ops = ops = CountingOps()
+    model.prepare()
+    assert_close(Driver(model).run(ids), expected)
+    assert ops.count == sum(isinstance(layer, Int8Linear) for layer in model.modules()) == 15
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE, BIASED, TIED])

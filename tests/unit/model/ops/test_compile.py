@@ -20,24 +20,27 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from batchrun.model.ops import attention_kernels, conv_kernels, scan_kernels
+from batchrun.model.ops import attention_kernels, conv_kernels, int8_kernels, scan_kernels
 
 places = dict.fromkeys("slots tables contexts sequences starts first_chunks".split(), "*i64")
 wide = dict.fromkeys("parts part_sums added dt_a_sums".split(), "*fp32")
-pointers = "q keys values out x weight bias h delta".split()
+pointers = "q keys values out x weight bias h delta scales".split()
 sizes = dict(
     BLOCK_SIZE=32, GROUP=5, GROUP_PADDED=16, HEAD_DIM=128, HEAD_DIM_PADDED=128, SPLITS=4,
     BLOCK_QUERIES=64, BLOCK_KEYS=64, HAS_BIAS=True, HAS_DELTA=True, KERNEL=4, BLOCK_TOKENS=16,
+    BLOCK_ROWS=64,
 )
 types = dict.fromkeys(pointers, "*bf16") | places | wide
 types |= {"is_new": "*i1", "scale": "fp32", "eps": "fp32"}
-for module in (attention_kernels, conv_kernels, scan_kernels):
+for module in (attention_kernels, conv_kernels, int8_kernels, scan_kernels):
     for name, kernel in vars(module).items():
         if not name.endswith("_kernel"):
             continue
         # States are float32 for the scan, and what the model is for the convolution.
         types["state"] = "*fp32" if module is scan_kernels else "*bf16"
-        block = {"add_norm_kernel": 8192, "causal_conv_kernel": 128}.get(name, 1024)
+        types["weight"] = "*i8" if module is int8_kernels else "*bf16"
+        blocks = {"add_norm_kernel": 8192, "causal_conv_kernel": 128, "int8_linear_kernel": 128}
+        block = blocks.get(name, 1024)
         known = sizes | {"BLOCK": block}
         constants = {key: known[key] for key in kernel.arg_names if key in known}
         source = ASTSource(
@@ -73,7 +76,7 @@ def test_every_kernel_compiles_for_an_a10(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 8
+    assert len(rows) == 9
     for name, shared, size in rows:
         assert int(shared) <= SHARED_BYTES, name
         assert int(size) > 0
