@@ -282,7 +282,7 @@ def check_output(store: Store, semantic: Mapping[str, object]) -> None:
     run = run_id(semantic)
     other = find_run(store)
     if other is not None and other != run:
-        changed = _differences(_read_semantic(store, other), semantic)
+        changed = _differences(read_semantic(store, other), semantic)
         raise OutputError(
             f"output: {store.url} holds the run of another job; what changed: "
             + ("; ".join(changed[:12]) or "unknown"),
@@ -375,7 +375,8 @@ def _refuse_strangers(store: Store, run: str, shards: Sequence[Shard]) -> None:
             )
 
 
-def _read_semantic(store: Store, run: str) -> Mapping[str, object]:
+def read_semantic(store: Store, run: str) -> Mapping[str, object]:
+    """What determines the content of a run, as it was recorded; empty where that is damaged."""
     data = store.read(f"{run_folder(run)}/job.json")
     try:
         semantic = json.loads(data or b"{}").get("semantic", {})
