@@ -72,6 +72,7 @@ def command(
         bench=bench,
         exact=exact,
         expect_tokens=expect_tokens,
+        progress=(lambda _text: None) if as_json else echo_error,
     )
     if as_json:
         echo_json(plan.to_json())

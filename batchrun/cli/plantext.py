@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from batchrun.planner.plan import Plan
 
 _BAR = 32
+_WIDTH = 100
 
 
 def plan_text(plan: Plan) -> str:
@@ -23,7 +25,16 @@ def plan_text(plan: Plan) -> str:
         _requests(plan),
         [f"note: {note}" for note in plan.notes],
     )
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return "\n\n".join(
+        "\n".join(line for long in part for line in _wrapped(long)) for part in parts if part
+    )
+
+
+def _wrapped(line: str) -> list[str]:
+    """``line`` in as many as it needs, those after the first indented as explanations are."""
+    return textwrap.wrap(
+        line, _WIDTH, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    ) or [line]
 
 
 def _input(plan: Plan) -> list[str]:
@@ -74,15 +85,14 @@ def _prompts(plan: Plan) -> list[str]:
     limit = plan.target.memory.max_model_len
     failing = dict(census.failing_rows)
     too_long = failing.pop("too_long", 0.0)
-    sign = "" if census.is_exact else "about "
     lines += [
-        f"too long    {sign}{too_long:,.0f} rows",
+        f"too long    {_failing(plan, too_long)}",
         f"            prompt and max_tokens together beyond max_model_len {limit:,}, or more than "
         "1 MiB of text",
     ]
     listed = ", ".join(f"{kind} {rows:,.0f}" for kind, rows in failing.items())
     total = sum(failing.values())
-    lines.append(f"no prompt   {sign}{total:,.0f} rows" + (f": {listed}" if listed else ""))
+    lines.append(f"no prompt   {_failing(plan, total)}" + (f": {listed}" if listed else ""))
     lines.append("            values that are no prompt, by kind of error")
     if census.prefix_tokens:
         lines += [
@@ -90,6 +100,13 @@ def _prompts(plan: Plan) -> list[str]:
             "            computed once in each worker, not counted below",
         ]
     return lines
+
+
+def _failing(plan: Plan, rows: float) -> str:
+    """So many rows, which a sample may have missed."""
+    if plan.census.is_exact:
+        return f"{rows:,.0f} rows"
+    return f"about {rows:,.0f} rows" if rows else "none seen"
 
 
 def _outputs(plan: Plan) -> list[str]:
@@ -142,23 +159,29 @@ def _durations(plan: Plan) -> list[str]:
     if not plan.prediction.durations[-1].busy:
         return ["nothing is left to do"]
     unit = "GPU-hours" if plan.target.is_gpu else "worker-hours"
-    lines = [f"{'workers':<11} {'time':<24} {unit:<24}" + ("cost" if plan.price else "")]
+    table = [("workers", "time", unit, "cost" if plan.price else "")]
     for one in plan.prediction.durations:
-        times = " / ".join(_time(s) for s in (one.seconds.low, one.seconds.expected))
-        line = f"{one.workers:<11,} {f'{times} / {_time(one.seconds.high)}':<24} "
-        line += f"{_three(one.worker_hours):<24}"
-        if plan.price:
-            line += _three(one.worker_hours.times(plan.price))
-        if one.busy < one.workers:
-            line += f"  ({one.busy:,} busy: no more shards)"
-        lines.append(line)
-    samples = plan.census.runnable_rows * plan.samples
-    lines += [
-        "            start-up, prompts at the prefill rate, outputs at the decode rate (but never "
-        "less than the longest row's",
-        f"            steps): {_count(plan.prediction.prompt_tokens)} prompt tokens, "
-        f"{_count(samples)} samples of {_three(plan.output)} tokens",
+        seconds = (one.seconds.low, one.seconds.expected, one.seconds.high)
+        times = " / ".join(_time(value) for value in seconds)
+        cost = _three(one.worker_hours.times(plan.price)) if plan.price else ""
+        table.append((f"{one.workers:,}", times, _three(one.worker_hours), cost))
+    widths = [max(10, *map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
     ]
+    samples = plan.census.runnable_rows * plan.samples
+    lines.append(
+        "            low / expected / high: start-up, prompts at the prefill rate, outputs at the "
+        "decode rate, but never less than the longest row's steps; "
+        f"{_count(plan.prediction.prompt_tokens)} prompt tokens and, with what is done, "
+        f"{_count(samples)} samples of {_three(plan.output)} tokens"
+    )
+    last = plan.prediction.durations[-1]
+    if last.busy < last.workers:
+        lines.append(
+            f"            of {last.workers:,} workers {last.busy:,} find shards to work on"
+        )
     if plan.target.num_cpus is not None:
         lines.append(f"            workers share {plan.target.num_cpus} CPUs")
     if plan.price:

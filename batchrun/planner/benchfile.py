@@ -53,7 +53,9 @@ def with_bench(
     Raises RequestError where the file is of another device.
     """
     try:
-        is_same = find_accelerator(str(measured["accelerator"])).name == target.name
+        # One card can have two names: A10 and A10G are alike.
+        there = replace(find_accelerator(str(measured["accelerator"])), name=target.name)
+        is_same = there == target.decode_device
     except RequestError:
         is_same = False
     if not is_same:

@@ -8,7 +8,6 @@ differs little, times bytes that are known, and long rows are never missed.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -34,6 +33,8 @@ _TEXT_BYTES = 24 << 20
 _WINDOWS_A_TURN = 16
 _PREFIX_STEP, _LEAST_PREFIX = 16, 64
 """Shared beginnings are found every so many tokens, and kept from so many on."""
+_LENGTHS = 32
+_NOTHING = Range(0.0, 0.0, 0.0)
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
@@ -107,14 +108,6 @@ def take_census(
 
 
 @dataclass(slots=True)
-class _Asked:
-    weight: float
-    tokens: int
-    output: Range
-    max_tokens: int
-
-
-@dataclass(slots=True)
 class _Desk:
     """Where rows are counted as they come."""
 
@@ -123,8 +116,13 @@ class _Desk:
     expectation: Expectation
     max_model_len: int
     builder: PromptBuilder = field(init=False)
-    asked: list[_Asked] = field(default_factory=list)
-    failing: Counter[str] = field(default_factory=Counter)
+    lengths: dict[int, float] = field(default_factory=dict)
+    """Prompt tokens -> rows that can run."""
+    failing: dict[str, float] = field(default_factory=dict)
+    output: Range = _NOTHING
+    max_tokens: float = 0.0
+    """Like ``output`` a sum over the rows that can run."""
+    most_tokens: int = 0
     num_rows: int = 0
     prefix: tuple[int, ...] | None = None
     unreadable: list[str] = field(default_factory=list)
@@ -194,20 +192,20 @@ class _Desk:
         self.num_rows += 1
         found = self._prompt(row)
         if isinstance(found, ErrorKind):
-            self.failing[found.value] += weight  # type: ignore[assignment]
+            self.failing[found.value] = self.failing.get(found.value, 0.0) + weight
             return 0
-        token_ids, thinking, params = found
-        tokens, most = len(token_ids), params.max_tokens or 0
-        if tokens + most > self.max_model_len:
-            self.failing[ErrorKind.TOO_LONG.value] += weight  # type: ignore[assignment]
-            return 0
-        output = self.expectation.of(params, thinking=thinking)
-        self.asked.append(_Asked(weight, tokens, output, most))
+        token_ids, output, most = found
+        tokens = len(token_ids)
+        self.lengths[tokens] = self.lengths.get(tokens, 0.0) + weight
+        self.output = self.output.plus(output.times(weight))
+        self.max_tokens += weight * most
+        self.most_tokens = max(self.most_tokens, most)
         self.prefix = token_ids if self.prefix is None else _shared(self.prefix, token_ids)
         return tokens
 
-    def _prompt(self, row: Row) -> tuple[tuple[int, ...], bool, SamplingParams] | ErrorKind:
-        """As the pipeline makes it."""
+    def _prompt(self, row: Row) -> tuple[tuple[int, ...], Range, int] | ErrorKind:
+        """The prompt as the pipeline makes it, the tokens that a sample of it is expected to
+        generate, and its max_tokens."""
         prompt = self.builder.build(row)
         if isinstance(prompt, RowError):
             return prompt.kind
@@ -220,68 +218,69 @@ class _Desk:
             return error.row_error.kind
         except RequestError:
             return ErrorKind.INVALID_PROMPT
-        return encoded.token_ids, encoded.thinking, params
+        most = params.max_tokens or 0
+        if len(encoded.token_ids) + most > self.max_model_len:
+            return ErrorKind.TOO_LONG
+        output = self.expectation.of(params, thinking=encoded.thinking)
+        return encoded.token_ids, output, most
 
     def census(self, num_rows: Estimate, draws: list[float] | None) -> Census:
         """What was counted, scaled to ``num_rows``."""
-        seen = sum(item.weight for item in self.asked) + sum(self.failing.values())
+        lengths = sorted(self.lengths.items())
+        runnable = sum(self.lengths.values())
+        seen = runnable + sum(self.failing.values())
         scale = num_rows.value / seen if seen else 0.0
-        runnable = sum(item.weight for item in self.asked)
-        self.asked.sort(key=lambda item: item.tokens)
         if draws is None:
-            total = Estimate(float(sum(item.tokens for item in self.asked)))
+            total = Estimate(float(sum(tokens * rows for tokens, rows in lengths)))
         else:
             total = mean_of(draws)
             # What is not known of the rows is not known of their tokens.
             error = math.hypot(total.error, total.value * num_rows.ratio)
             total = Estimate(total.value, error)
-        shared = len(self.prefix or ()) if len(self.asked) > 1 else 0
+        shared = len(self.prefix or ()) if runnable > 1 else 0
         shared -= shared % _PREFIX_STEP
-        bins: Counter[int] = Counter()
-        for item in self.asked:
-            bins[item.tokens.bit_length()] += item.weight * scale  # type: ignore[assignment]
-
-        def mean(values: Sequence[float]) -> float:
-            weighted = zip(self.asked, values, strict=True)
-            return sum(item.weight * value for item, value in weighted) / runnable
-
-        none = Range(0.0, 0.0, 0.0)
+        bins: dict[int, float] = {}
+        for tokens, rows in lengths:
+            bits = tokens.bit_length()
+            bins[bits] = bins.get(bits, 0.0) + rows * scale
+        mean = 1 / runnable if runnable else 0.0
+        middles = [(i + 0.5) / _LENGTHS for i in range(_LENGTHS)] if runnable else []
         return Census(
             num_sampled=self.num_rows,
             is_exact=draws is None,
             runnable_rows=runnable * scale,
             failing_rows={kind: rows * scale for kind, rows in sorted(self.failing.items())},
             total=total,
-            quantiles={f"p{100 * q:g}": self._quantile(q, runnable) for q in QUANTILES},
-            longest=self.asked[-1].tokens if self.asked else 0,
+            quantiles={
+                f"p{100 * share:g}": tokens
+                for share, tokens in zip(QUANTILES, _quantiles(lengths, QUANTILES), strict=True)
+            },
+            longest=lengths[-1][0] if lengths else 0,
             histogram=tuple(
-                Bin(1 << (bits - 1) if bits else 0, (1 << bits) - 1, bins[bits])
+                Bin(1 << (bits - 1) if bits else 0, (1 << bits) - 1, bins.get(bits, 0.0))
                 for bits in range(min(bins, default=0), max(bins, default=-1) + 1)
             ),
             prefix_tokens=shared if shared >= _LEAST_PREFIX else 0,
-            output=Range(
-                mean([item.output.low for item in self.asked]),
-                mean([item.output.expected for item in self.asked]),
-                mean([item.output.high for item in self.asked]),
-            )
-            if self.asked
-            else none,
-            max_tokens=mean([item.max_tokens for item in self.asked]) if self.asked else 0.0,
-            most_tokens=max((item.max_tokens for item in self.asked), default=0),
-            lengths=tuple(self._quantile((i + 0.5) / 32, runnable) for i in range(32))
-            if self.asked
-            else (),
+            output=self.output.times(mean),
+            max_tokens=self.max_tokens * mean,
+            most_tokens=self.most_tokens,
+            lengths=_quantiles(lengths, middles),
             unreadable=tuple(dict.fromkeys(self.unreadable)),
         )
 
-    def _quantile(self, share: float, total: float) -> int:
-        """Of the tokens, which are in order."""
-        reached = 0.0
-        for item in self.asked:
-            reached += item.weight
-            if reached >= share * total:
-                return item.tokens
-        return self.asked[-1].tokens if self.asked else 0
+
+def _quantiles(lengths: Sequence[tuple[int, float]], shares: Sequence[float]) -> tuple[int, ...]:
+    """Of tokens in order, each with its number of rows; 0 where there are none."""
+    total = sum(rows for _, rows in lengths)
+    found: list[int] = []
+    reached, places = 0.0, iter(lengths)
+    tokens = 0
+    for share in shares:
+        while reached < share * total and (place := next(places, None)) is not None:
+            tokens = place[0]
+            reached += place[1]
+        found.append(tokens)
+    return tuple(found)
 
 
 def row_bytes(row: Row) -> int:

@@ -183,6 +183,7 @@ def plan_job(
         Workload(
             rows=census.runnable_rows * left,
             samples=job.generation.n,
+            mean_prompt=census.mean,
             prompt_lengths=census.lengths,
             prefix_tokens=census.prefix_tokens,
             output=census.output,

@@ -16,13 +16,15 @@ from batchrun.planner.outputs import Range
 class Workload:
     """What is to be done.
 
-    ``rows`` have a prompt each, ``prompt_lengths`` are those of equal parts of them; the first
-    ``prefix_tokens`` of every prompt are computed once. Each row has ``samples``, which generate
-    ``output`` tokens on average and ``longest`` at most. ``shards`` keep one worker each busy.
+    ``rows`` have a prompt each, of ``mean_prompt`` tokens; ``prompt_lengths`` are those of equal
+    parts of them, the first ``prefix_tokens`` of every prompt are computed once. Each row has
+    ``samples``, which generate ``output`` tokens on average and ``longest`` at most. ``shards``
+    keep one worker each busy.
     """
 
     rows: float
     samples: int
+    mean_prompt: float
     prompt_lengths: tuple[int, ...]
     prefix_tokens: int
     output: Range
@@ -96,19 +98,19 @@ def predict(
     """
     sequences = max(1, machine.max_sequences)
     lengths = work.prompt_lengths or (1,)
-    mean_prompt = sum(lengths) / len(lengths)
-    context = mean_prompt + work.output.expected / 2
+    context = work.mean_prompt + work.output.expected / 2
     step = decode_work(config, precision, sequences, context)
     step_seconds = step.seconds(machine.decode_device)
     prefix = min(work.prefix_tokens, *lengths)
+    per_row = max(1.0, work.mean_prompt - prefix)
+    parts = [max(1, length - prefix) for length in lengths]
+    # What attention takes grows faster than a prompt, so it is of the parts, not of the mean.
     row_seconds = sum(
-        prefill_seconds(config, precision, machine.prefill_device, max(1, length - prefix))
-        for length in lengths
-    ) / len(lengths)
-    per_row = mean_prompt - prefix
+        prefill_seconds(config, precision, machine.prefill_device, part) for part in parts
+    ) * (per_row / sum(parts))
     prompt_tokens = work.rows * per_row + (prefix if work.rows else 0)
     bound = sequences / step_seconds
-    prefill_bound = max(1.0, per_row) / row_seconds
+    prefill_bound = per_row / row_seconds
 
     def duration(count: int) -> Duration:
         if not work.rows:
@@ -120,7 +122,7 @@ def predict(
             samples = work.rows * work.samples / busy
             steps = max(samples * output / min(sequences, max(1.0, samples)), longest)
             batch = max(1.0, samples * output / steps) if steps else 1.0
-            step = decode_work(config, precision, round(batch), mean_prompt + output / 2)
+            step = decode_work(config, precision, round(batch), work.mean_prompt + output / 2)
             decoding = steps * step.seconds(machine.decode_device) / decode
             reading = work.rows / busy * row_seconds / prefill
             return crowd * (decoding + reading)

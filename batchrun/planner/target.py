@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from batchrun.engine.accelerators import find_accelerator
+from batchrun.errors import CheckpointError
 from batchrun.job import Job
 from batchrun.planner.benchfile import read_bench, with_bench
 from batchrun.planner.device import Target, plan_device
@@ -36,4 +37,8 @@ def find_target(
 
     if measured is not None:
         return plan_cpu(job, checkpoint, measured, str(bench))
-    return plan_here(job, checkpoint)
+    try:
+        return plan_here(job, checkpoint)
+    except CheckpointError as error:
+        hint = f"{error.hint}; or plan for another device with --accelerator"
+        raise CheckpointError(f"on this machine {error.message}", hint) from error

@@ -12,13 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.errors import JobError, RequestError
+from batchrun.data import survey
+from batchrun.data.store import Store
+from batchrun.data.survey import Estimate
+from batchrun.errors import CheckpointError, JobError, RequestError
 from batchrun.job import Job
 from batchrun.llm import find_checkpoint
 from batchrun.planner.benchfile import read_bench
 from batchrun.planner.outputs import Range
 from batchrun.planner.plan import Plan, plan_job
 from batchrun.planner.requests import count_requests
+from tests.conftest import S3Server
 from tests.unit.model.published import NANO_9B_V2
 
 
@@ -104,6 +108,7 @@ def test_a_bench_file(folder: Path) -> None:
         plan.prediction.decode.rate.expected
         < plan_job(job, accelerator="A10G").prediction.decode.bound
     )
+    assert plan_job(job, accelerator="A10", bench=path).target.decode.share.expected == 0.8
     with pytest.raises(RequestError, match="of NVIDIA A10G, not of L4"):
         plan_job(job, accelerator="L4", bench=path)
 
@@ -138,6 +143,16 @@ def test_this_machine(folder: Path) -> None:
     assert 0 < only.seconds.low < only.seconds.expected < only.seconds.high
 
 
+def test_a_model_too_big_for_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model does not fit here, the way to plan for another device is said."""
+    from batchrun.engine.options import EngineOptions
+
+    monkeypatch.setattr(EngineOptions, "free_memory_bytes", lambda _self: 1 << 30)
+    with pytest.raises(CheckpointError, match="on this machine the model does not fit") as caught:
+        plan_job(job_in(folder))
+    assert "--accelerator" in caught.value.hint
+
+
 def test_a_cpu_by_its_bench_file(folder: Path) -> None:
     """A bench file of a CPU plans for that CPU."""
     path = folder / "bench.json"
@@ -163,6 +178,39 @@ def test_requests(folder: Path) -> None:
     assert found["get footers"] == 40
     assert found["get rows"] == 20 + 20 + 4 * 20
     assert found["put progress"] == 200
+
+
+def test_object_storage(folder: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many files in object storage some footers are read, and rows, shards and tokens of all are
+    estimated with an error that holds the truth; `exact` reads all. Requests are counted."""
+    monkeypatch.setattr(survey, "MAX_FOOTERS", 12)
+    store = Store.open(s3_server.url, s3_server.storage_options)
+    num_rows = 0
+    for number in range(40):
+        texts = [f"What is {i} + {number}?" for i in range(900 if number == 5 else 20 + number)]
+        num_rows += len(texts)
+        pq.write_table(pa.table({"q": texts}), folder / "one.parquet")
+        store.put(f"in/{number:02d}.parquet", (folder / "one.parquet").read_bytes())
+    options = dict(s3_server.storage_options)
+    job = job_in(
+        folder,
+        input={"path": f"{s3_server.url}/in", "prompt_column": "q", "storage_options": options},
+        output={"path": f"{s3_server.url}/out", "storage_options": options},
+    )
+    real = plan_job(job, accelerator="A10G", exact=True)
+    assert (real.input.num_footers, real.input.rows) == (40, Estimate(num_rows))
+    assert real.census.is_exact and real.census.num_sampled == num_rows
+    some = plan_job(job, accelerator="A10G")
+    assert some.input.num_footers <= 12 and some.input.num_files == 40
+    for found, truth in (
+        (some.input.rows, num_rows),
+        (some.input.shards, 40),
+        (some.census.total, real.census.total.value),
+    ):
+        assert 0 < found.error < found.value
+        assert abs(found.value - truth) < 1.5 * found.error
+    assert {one.kind for one in some.requests} >= {"get footers", "put parts", "put journal"}
+    assert store.list("out") == ()
 
 
 def test_problems_of_the_job(folder: Path) -> None:

@@ -20,6 +20,7 @@ MACHINE = Machine(8, A10, A10, SURE, SURE, Range(0.0, 0.0, 0.0))
 WORK = Workload(
     rows=800,
     samples=1,
+    mean_prompt=8192,
     prompt_lengths=(8192,),
     prefix_tokens=0,
     output=Range(16384, 16384, 16384),
