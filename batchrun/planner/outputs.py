@@ -11,7 +11,7 @@ from batchrun.job import Generation
 from batchrun.records import Counts
 
 _REASONING_SHARES = (1 / 8, 1 / 2, 1.0)
-_ANSWER_SHARES = (1 / 16, 1 / 4, 1.0)
+_ANSWER_SHARES = (1 / 64, 1 / 4, 1.0)
 _SPREAD = (0.8, 1.0, 1.25)
 """Around a mean that was measured on rows that are done."""
 
@@ -113,7 +113,7 @@ def explain(expectation: Expectation, generation: Generation) -> tuple[str, ...]
         lines.append("the completion is one of the job's choices, and takes their tokens")
     else:
         left = f"what the reasoning leaves of {most}" if generation.reasoning else most
-        lines.append(f"the completion takes of {left}: low 1/16, expected 1/4, high all (assumed)")
+        lines.append(f"the completion takes of {left}: low 1/64, expected 1/4, high all (assumed)")
     lines.append("--expect-tokens N takes the place of these assumptions")
     return tuple(lines)
 

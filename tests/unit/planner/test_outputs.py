@@ -21,9 +21,9 @@ def tokenizer() -> Tokenizer:
 def test_assumptions() -> None:
     """Reasoning and completion take shares of their room; the high case is max_tokens."""
     plain = SamplingParams(max_tokens=1600)
-    assert Expectation().of(plain, thinking=False) == Range(100, 400, 1600)
+    assert Expectation().of(plain, thinking=False) == Range(25, 400, 1600)
     budget = SamplingParams(max_tokens=1600, max_thinking_tokens=800)
-    assert Expectation().of(budget, thinking=True) == Range(150, 600, 1600)
+    assert Expectation().of(budget, thinking=True) == Range(112.5, 600, 1600)
     free = Expectation().of(SamplingParams(max_tokens=1600, answer_reserve=0), thinking=True)
     assert free == Range(200, 800, 1600)
     forced = SamplingParams(max_tokens=1600, ignore_eos=True)
