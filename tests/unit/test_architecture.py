@@ -20,6 +20,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__"}),
     frozenset({"cli"}),
     frozenset({"cluster"}),
+    frozenset({"planner"}),
     frozenset({"pipeline", "preflight", "llm", "bench"}),
     frozenset({"leases", "rowrequests", "completions"}),
     frozenset({"reports"}),
