@@ -410,7 +410,7 @@ def check_run(store: Store, semantic: Mapping[str, object]) -> None:
     """Raise OutputError unless the output holds the run of this job; says what differs."""
     run = require_run(store)
     if run != run_id(semantic):
-        changed = _differences(_read_semantic(store, run), semantic)
+        changed = _differences(read_semantic(store, run), semantic)
         raise OutputError(
             f"output: {store.url} holds the run of another job, and a retry runs rows as they were "
             "run; what differs: " + ("; ".join(changed[:12]) or "unknown"),
