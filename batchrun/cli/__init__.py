@@ -27,13 +27,14 @@ COMMANDS = {
     "sweep": "Run a job at several thinking budgets: accuracy and cost of each.",
     "validate": "Check a job without running it: every problem, with its line.",
     "status": "Show how far a run is, from its output alone.",
+    "report": "Write what a run did as one HTML page.",
     "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
     "schema": "Print the JSON Schema of the job file.",
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 
-PLANNED = ("plan", "list", "logs", "cancel", "report", "retry", "schedule")
+PLANNED = ("plan", "list", "logs", "cancel", "retry", "schedule")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75

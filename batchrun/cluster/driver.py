@@ -68,8 +68,8 @@ from batchrun.metrics import (
     LAST_PROGRESS,
     RESTARTS,
     ROWS,
-    ROWS_IN_FLIGHT,
     ROWS_LEFT,
+    SLOTS_USED,
     TOKENS,
     TOKENS_DISCARDED,
     WORKER_SECONDS,
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 
 _SHOW_EVERY_S = 0.5
 _SAVE_EVERY_S = 3.0
-_RECORD_EVERY_S = 30.0
+_RECORD_EVERY_S = 10.0
 _GENERATED = ("reasoning", "completion")  # the kinds of tokens that a worker makes
 _DRAIN_S = 15.0
 _CHECK_ALIVE_EVERY_S = 1.0
@@ -545,10 +545,10 @@ class _Driver:
         workers = {
             name: (
                 int(sum(numbers[TOKENS.name].get((kind,), 0) for kind in _GENERATED)),
-                int(sum(numbers[ROWS_IN_FLIGHT.name].values())),
+                int(sum(numbers[SLOTS_USED.name].values())),
                 {labels[0]: spent for labels, spent in numbers[WORKER_SECONDS.name].items()},
             )
-            for name, numbers in self._metrics.by_worker(TOKENS, ROWS_IN_FLIGHT, WORKER_SECONDS)
+            for name, numbers in self._metrics.by_worker(TOKENS, SLOTS_USED, WORKER_SECONDS)
         }
         moment = Moment(
             at=now - self._started,

@@ -17,7 +17,8 @@ from batchrun.data.store import Store
 @dataclass(frozen=True, slots=True)
 class Moment:
     """The state of a submit, ``at`` seconds after its start. Numbers are sums since then; rows
-    are finished ones, ``sampled_tokens`` those of unfinished rows too."""
+    are finished ones, ``sampled_tokens`` those of unfinished rows too; ``in_flight`` are sequences
+    that have a slot."""
 
     at: float
     rows: int = 0
