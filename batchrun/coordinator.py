@@ -192,13 +192,12 @@ class RunState:
             rows = {number: found for number, found in rows.items() if found}
             if not rows:
                 return None  # only rows of leases that were cancelled
-        idle = event.in_flight == ()
         return Strike(
             worker=event.worker,
             rows=rows,
-            alone=member.alone or (idle and len(member.leases) == 1),
+            alone=member.alone,
             blind=event.in_flight is None,
-            idle=idle,
+            idle=event.in_flight == (),
             cause=event.cause.value,
             message=event.message,
             device=member.device,

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from batchrun.formats import slips
 from batchrun.logs import names_a_secret, redact
 from batchrun.records import RESERVED_COLUMNS
+from batchrun.schedule import ScheduleError, parse_schedule
 from batchrun.tools import tool_problems
 from batchrun.wording import nearest, quoted
 
@@ -57,6 +58,7 @@ def violations(job: Values) -> Iterator[Violation]:
     yield from _limits(job)
     yield from _output_place(job)
     yield from _evaluate(job)
+    yield from _schedule(job)
 
 
 def _not_built_yet(job: Values) -> Iterator[Violation]:
@@ -65,8 +67,8 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
     def absent(key: str, what: str, hint: str) -> Violation:
         return Violation(tuple(key.split(".")), f"{what} {_ABSENT}", hint, (key,))
 
-    if model["quantization"] != "none":
-        yield absent("model.quantization", f"{model['quantization']} quantization", "write none")
+    if model["quantization"] == "int4":
+        yield absent("model.quantization", "int4 quantization", "write int8 or none")
     if model["kv_dtype"] == "int8":
         yield absent("model.kv_dtype", "an int8 KV cache", "write auto")
     if model["kv_dtype"] == "bfloat16" and model["dtype"] != "bfloat16":
@@ -76,8 +78,6 @@ def _not_built_yet(job: Values) -> Iterator[Violation]:
             "write auto, or set model.dtype to bfloat16 too",
             ("model.dtype",),
         )
-    if job["schedule"] is not None:
-        yield absent("schedule", "scheduling", "delete the key, and submit from cron")
 
 
 def _prompt_source(job: Values) -> Iterator[Violation]:
@@ -251,6 +251,15 @@ def _evaluate(job: Values) -> Iterator[Violation]:
             message = f"is an option already (case does not matter): {quoted(choice)}"
             yield Violation(("evaluate", "choices", index), message, "delete one of them")
         seen.add(plain)
+
+
+def _schedule(job: Values) -> Iterator[Violation]:
+    if job["schedule"] is None:
+        return
+    try:
+        parse_schedule(job["schedule"])
+    except ScheduleError as error:
+        yield Violation(("schedule",), error.message, error.hint)
 
 
 def secrets(raw: object, key: tuple[str | int, ...] = ()) -> Iterator[Violation]:

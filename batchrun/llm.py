@@ -93,15 +93,13 @@ class LLM:
         options = EngineOptions(
             dtype=dtype,
             state_dtype=state_dtype,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
             max_model_len=max_model_len,
             max_sequences=_max_sequences(max_sequences),
             deterministic=deterministic,
             device=device,
         )
-        if quantization != "none":
-            raise RequestError(f"quantization {quantization!r} is not available in this version")
-        if kv_dtype not in ("auto", str(options.torch_dtype).removeprefix("torch.")):
-            raise RequestError(f"kv_dtype {kv_dtype!r} is not available in this version")
         self.engine = Engine.load(find_checkpoint(str(model), storage_options), options)
 
     @property

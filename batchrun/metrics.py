@@ -138,7 +138,7 @@ WORKER_SECONDS = Series(
     "batchrun_worker_state_seconds_total",
     Kind.COUNTER,
     "What the workers' time was spent on.",
-    {"state": ("provision", "load", "generate", "starved", "drain")},
+    {"state": ("provision", "load", "compile", "generate", "starved", "drain")},
     per_worker=True,
 )
 ETA = Series("batchrun_eta_seconds", Kind.GAUGE, "Estimated time to the end of the run.")
@@ -202,6 +202,20 @@ class MetricsDelta:
     counters: Mapping[Key, float] = field(default_factory=dict)
     gauges: Mapping[Key, float] = field(default_factory=dict)
     histograms: Mapping[Key, Histogram] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One number of the endpoint, with the name and the labels that it has there.
+
+    The parts of a histogram (``_bucket``, ``_sum``, ``_count``) are of kind histogram.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: dict[str, str]
+    value: float
 
 
 class Recorder:
@@ -318,6 +332,13 @@ class RunMetrics(Collector):
         with self._lock:
             families = [self._family(series) for series in ALL_SERIES]
         return iter(families)
+
+    def samples(self) -> Iterator[Sample]:
+        """Every number that the endpoint would show now."""
+        for family in self.collect():
+            kind = Kind(family.type)
+            for sample in family.samples:
+                yield Sample(sample.name, kind, family.documentation, sample.labels, sample.value)
 
     def serve(self, host: str, port: int) -> int:
         """Serve ``/metrics`` from a thread; the port that is bound, which is another one with a

@@ -29,6 +29,7 @@ from batchrun.completions import completion_of, failed_sample, in_order, with_ca
 from batchrun.data.journal import Journal
 from batchrun.data.reader import ShardReader
 from batchrun.data.schema import InputSchema
+from batchrun.data.traffic import traffic
 from batchrun.data.writer import PartFile, PartFormat
 from batchrun.engine.engine import Engine, RunningSample
 from batchrun.engine.request import Output
@@ -656,3 +657,4 @@ class Pipeline:
         self._recorder.set(SLOTS_TOTAL, stats.slots_total)
         self._recorder.set(KV_PAGES_USED, stats.blocks_used)
         self._recorder.set(KV_PAGES_TOTAL, stats.blocks_total)
+        traffic().record(self._recorder)

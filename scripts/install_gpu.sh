@@ -3,10 +3,8 @@
 #
 #   bash scripts/install_gpu.sh    into .venv, or into the virtual environment that is active
 #
-# Both packages are source archives whose CUDA extensions are skipped: batchrun uses only the
-# kernels that are written in Triton, which are compiled when they are first called. Their declared
-# requirements beyond einops serve other models, hence --no-deps; they import torch while they are
-# built, hence --no-build-isolation.
+# Triton compiles kernels when they are first called, and needs a C compiler (gcc) and Python's
+# headers for that.
 set -euo pipefail
 # shellcheck source=scripts/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -25,12 +23,9 @@ if [ -z "$cuda" ]; then
     "install the CUDA build of the same version (see constraints.txt) and run this again"
 fi
 
-pip=("$venv_python" -m pip install -qq --disable-pip-version-check
-  --constraint "$root/constraints.txt")
-"${pip[@]}" einops ninja packaging setuptools wheel
-MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
-  CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
-  "${pip[@]}" --no-build-isolation --no-deps causal-conv1d mamba-ssm
+"$venv_python" -m pip install -qq --disable-pip-version-check \
+  --constraint "$root/constraints.txt" einops packaging setuptools
+install_kernels
 
 echo "Installed for CUDA $cuda. What this machine has:"
 exec "$venv_python" -m batchrun doctor

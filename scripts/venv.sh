@@ -3,6 +3,9 @@
 #   prepare_venv            what a run needs
 #   prepare_venv dev        and what the tests and the linters need (any extra of pyproject.toml)
 #
+#   prepare_venv dev also installs the kernels of mamba-ssm, for the tests of the GPU operators
+#   install_kernels         just these, into the environment of $venv_python
+#
 # Sets $root (the repository) and $venv_python. A stamp of everything that decides what is in the
 # environment makes every call but the first one quick. Needs bash and Python 3.11 or newer.
 
@@ -65,6 +68,18 @@ is_installed() {
   grep -qsx "$2" "$root"/.venv/.installed-$extra
 }
 
+# Of mamba-ssm's source archive only the kernels that are written in Triton are used, so its CUDA
+# extension is skipped, and no compiler is needed. Its declared requirements beyond einops and triton
+# serve other models, hence --no-deps; it imports torch while it is built, hence
+# --no-build-isolation.
+install_kernels() {
+  MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+    "$venv_python" -m pip install -qq --disable-pip-version-check \
+    --constraint "$root/constraints.txt" --no-build-isolation --no-deps mamba-ssm ||
+    fail "pip could not install the kernels of mamba-ssm; its messages stand above" \
+      "running this again goes on from here"
+}
+
 prepare_venv() {
   local extra="${1:-plain}" target="$root" stamp started=$SECONDS
   [ "$extra" = plain ] || target="$root[$extra]"
@@ -86,6 +101,10 @@ prepare_venv() {
       --constraint "$root/constraints.txt" --editable "$target" ||
       fail "pip could not install batchrun; its messages stand above" \
         "running this again goes on from here; nothing outside $root/.venv was changed"
+    # Triton is made for Linux; elsewhere the tests that need it are skipped.
+    if [ "$extra" = dev ] && [ "$(uname -s)" = Linux ]; then
+      install_kernels
+    fi
     echo "$stamp" >"$root/.venv/.installed-$extra"
     echo "Installed in $((SECONDS - started)) s." >&2
   fi

@@ -22,19 +22,27 @@ from batchrun.logs import redact
 from batchrun.wording import nearest
 
 COMMANDS = {
-    "submit": "Run a job on this machine, with live progress.",
+    "submit": "Run a job on a Ray cluster, or on this machine.",
     "run": "Run a job inside an existing Ray cluster.",
+    "list": "List the runs of a Ray cluster.",
+    "logs": "Print or follow what a run on a cluster prints.",
+    "cancel": "Stop a run on a cluster; what is finished is kept.",
     "sweep": "Run a job at several thinking budgets: accuracy and cost of each.",
     "validate": "Check a job without running it: every problem, with its line.",
     "status": "Show how far a run is, from its output alone.",
     "report": "Write what a run did as one HTML page.",
     "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
+    "schedule": "Print the crontab line or Kubernetes objects that run a job on its schedule.",
     "schema": "Print the JSON Schema of the job file.",
+    "bench": "Measure the engine here against what the device allows.",
     "doctor": "Check this machine: what works, what is missing, what to do.",
 }
 
-PLANNED = ("plan", "list", "logs", "cancel", "retry", "schedule")
+# A module of this package called `list` would take the builtin's name in here.
+_MODULES = {"list": "listing"}
+
+PLANNED = ("plan", "retry")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
@@ -51,7 +59,7 @@ class Batchrun(click.Group):
         """The command of this name, or None."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"batchrun.cli.{cmd_name}")
+        module = importlib.import_module(f"batchrun.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 

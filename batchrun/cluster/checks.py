@@ -85,12 +85,8 @@ def _torch() -> Iterator[Check]:
         state = CheckState.OK if gpu.free_bytes > gpu.total_bytes / 2 else CheckState.MISSING
         advice = "" if state is CheckState.OK else "another process holds the memory; end it"
         yield Check(f"gpu {index}", state, f"{gpu.name}, sm {capability}, {memory}", advice)
-    if machine.has_kernels:
-        yield Check("mamba-ssm kernels", CheckState.OK, f"installed; in use: {machine.ops}")
-    else:
-        advice = "scripts/install_gpu.sh installs them" if machine.gpus else "needed on GPUs only"
-        found = f"not installed; in use: {machine.ops}"
-        yield Check("mamba-ssm kernels", CheckState.MISSING, found, advice)
+    state = CheckState.MISSING if machine.ops_hint else CheckState.OK
+    yield Check("operators", state, machine.ops, machine.ops_hint)
 
 
 def _memory() -> Iterator[Check]:

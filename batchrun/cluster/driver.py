@@ -34,6 +34,7 @@ from batchrun.data.lock import RunLock
 from batchrun.data.run import OpenedRun
 from batchrun.data.strikes import read_strikes, write_strike
 from batchrun.data.sweeper import JournalSweeper
+from batchrun.data.traffic import traffic
 from batchrun.errors import InterruptedRunError, StorageError
 from batchrun.events import (
     CancelLease,
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from batchrun.cluster.fleet import Fleet, News, WorkerGone, WorkerReported
+    from batchrun.cluster.raymetrics import RayMetrics
     from batchrun.reports import WorkReport
 
 _SHOW_EVERY_S = 0.5
@@ -300,6 +302,7 @@ class _Driver:
         self._sweeper = JournalSweeper(checked.store, checked.run)
         self._tally = Tally(opened.total_rows, len(opened.shards), opened.parts)
         self._metrics = RunMetrics(job.name, checked.run)
+        self._ray_metrics: RayMetrics | None = None
         self._fleet: Fleet | None = None
         self._outcome: Outcome | None = None
         self._ready_at: float | None = None  # when the first worker had loaded
@@ -319,6 +322,10 @@ class _Driver:
         if not self._state.finished:
             self._serve_metrics()
             self._fleet = self._make_fleet(cluster, deterministic, source)
+            if not cluster.is_local:  # a Ray of our own has no dashboard
+                from batchrun.cluster.raymetrics import RayMetrics
+
+                self._ray_metrics = RayMetrics(self._metrics)
         self._do(commands)
         while self._outcome is None:
             if self._stop.is_set() or self._lock.cancelled.is_set():
@@ -422,7 +429,8 @@ class _Driver:
         match news:
             case WorkerLoaded(worker, loaded, waited_s):
                 self._ready_at = self._ready_at or time.monotonic()
-                self._spent(worker, "load", loaded.load_s)
+                self._spent(worker, "load", loaded.load_s - loaded.compile_s)
+                self._spent(worker, "compile", loaded.compile_s)
                 self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
                 self._chronicle.begin(worker, loaded.host, loaded.device)
                 self._handle(WorkerReady(worker, loaded.max_sequences, loaded.device, waited_s))
@@ -504,6 +512,8 @@ class _Driver:
             if now - self._recorded_at >= _RECORD_EVERY_S:
                 self._recorded_at = now
                 self._record(self._chronicle.take())
+            if self._ray_metrics is not None:
+                self._ray_metrics.update()
 
     def _count(self, progress: Progress) -> None:
         """Bring the endpoint's series up to date. Rows that a lost worker had finished and that
@@ -525,6 +535,9 @@ class _Driver:
             self._metrics.set(ETA, progress.eta_s)
         for state, count in progress.workers.items():
             self._metrics.set(WORKERS, count, state=state)
+        requests = Recorder()
+        traffic().record(requests)
+        self._metrics.merge("driver", requests.take())
 
     def _save(self, progress: Progress) -> None:
         with contextlib.suppress(StorageError):  # what may be lost must not end a run

@@ -123,13 +123,14 @@ class Fleet:
         self._asked_draining_at = clock()
         remote: Any = ray.remote
         self._look: Any = remote(num_cpus=0, max_retries=0)(look)
-        self._actor: Any = ray.remote(Worker).options(
-            num_cpus=shape.num_cpus,
-            num_gpus=shape.num_gpus,
-            accelerator_type=shape.accelerator_type,
-            max_restarts=0,
-            max_task_retries=0,
-        )
+        self._actor: Any = ray.remote(Worker)
+        self._options: dict[str, Any] = {
+            "num_cpus": shape.num_cpus,
+            "num_gpus": shape.num_gpus,
+            "accelerator_type": shape.accelerator_type,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
 
     def start(self, worker: str) -> None:
         """Ask the cluster for a worker; news of it comes when it has loaded its model."""
@@ -137,7 +138,8 @@ class Fleet:
             actor = self._spares.pop()
             call = actor.take_on.remote(self._settings)
         else:
-            actor = self._actor.remote(self._settings)
+            name = f"{self._settings.job.name} {self._settings.run[:8]} worker {worker}"
+            actor = self._actor.options(**self._options, name=name).remote(self._settings)
             call = actor.load.remote()
         now = self._clock()
         self._members[worker] = _Member(actor, asked_at=now, call=call, called_at=now)

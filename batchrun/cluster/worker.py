@@ -59,7 +59,8 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A worker that is ready: where it runs, how many sequences its engine runs at once.
+    """A worker that is ready: where it runs, how many sequences its engine runs at once, and how
+    long it took, ``compile_s`` of ``load_s`` for compiling.
 
     ``device`` names what it runs on among all machines, empty on a CPU; ``remains`` is where to
     look when it has died.
@@ -73,6 +74,7 @@ class Loaded:
     max_sequences: int
     max_model_len: int
     load_s: float
+    compile_s: float = 0.0
 
 
 class Worker:
@@ -85,6 +87,10 @@ class Worker:
         self._estate: Estate | None = None
         self._draining = False
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call the actor."""
+        return f"batchrun({self._settings.job.name} {self._settings.run[:8]})"
+
     def load(self) -> Loaded:
         """Load the engine; may take minutes. Raises CheckpointError and the like."""
         from batchrun.engine.engine import Engine
@@ -96,7 +102,7 @@ class Worker:
         job = self._settings.job
         folder = find_checkpoint(job.model.path, job.model_storage_options)
         self._engine = Engine.load(folder, self._options())
-        return self._begin(started)
+        return replace(self._begin(started), compile_s=self._engine.compile_seconds)
 
     def take_on(self, settings: WorkerSettings) -> Loaded:
         """Work for another run with the engine that is there.
@@ -179,6 +185,7 @@ class Worker:
         return read_traces(store, source.run, lease.shard, self._settings.part_format.n)
 
     def _options(self) -> EngineOptions:
+        from batchrun.engine.memory import expected_tokens
         from batchrun.engine.options import EngineOptions
 
         job, settings = self._settings.job, self._settings
@@ -186,8 +193,10 @@ class Worker:
         options = EngineOptions(
             dtype=job.model.dtype,
             state_dtype=job.model.state_dtype,
+            quantization=job.model.quantization,
             max_model_len=job.model.max_model_len,
             max_sequences=None if wanted == "auto" else wanted,
+            sequence_tokens=expected_tokens(job.generation.max_tokens),
             deterministic=settings.deterministic,
             num_threads=settings.num_threads,
         )

@@ -95,8 +95,11 @@ class ShardReader:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the carried columns that have been read and not been taken."""
-        return sum(batch.nbytes for batch in self._carried)
+        """Memory of the carried columns that have been read and not been taken.
+
+        May be asked while another thread takes them: a part is finished beside the engine.
+        """
+        return sum(batch.nbytes for batch in self._carried.copy())
 
     def close(self) -> None:
         """Stop reading ahead and close the file. May be called twice."""

@@ -14,7 +14,7 @@ from batchrun.engine.blocks import Pool
 from batchrun.engine.chat import ChatTemplate
 from batchrun.engine.constraints import Constraints
 from batchrun.engine.forecast import Forecast
-from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, MemoryRequest, plan_memory
+from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, plan_memory
 from batchrun.engine.model_runner import ModelRunner
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
@@ -26,10 +26,9 @@ from batchrun.engine.thinking import ForcedClose, Thinking
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.engine.transcript import Transcript
 from batchrun.errors import RequestError
-from batchrun.model.checkpoint import expected_tensors
 from batchrun.model.config import ModelConfig, load_config
 from batchrun.model.hybrid import NemotronH
-from batchrun.model.weights import load_model
+from batchrun.model.weights import load_model, random_model
 from batchrun.records import ErrorKind, FinishReason, Generated, RowError
 
 _log = logging.getLogger(__name__)
@@ -104,6 +103,7 @@ class Engine:
         chat: ChatTemplate | None,
         stop_ids: frozenset[int],
         load_seconds: float = 0.0,
+        compile_seconds: float = 0.0,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -112,6 +112,9 @@ class Engine:
         """None for a checkpoint without a chat template."""
         self.memory = plan
         self.load_seconds = load_seconds
+        """What loading took, all of it."""
+        self.compile_seconds = compile_seconds
+        """The part of it in which operators were compiled and steps recorded."""
         self.max_model_len = plan.max_model_len
         self.max_sequences = plan.max_sequences
         self.deterministic = options.deterministic
@@ -175,7 +178,7 @@ class Engine:
             raise RequestError(
                 f"device {options.device!r}: torch finds {torch.cuda.device_count()} GPUs here"
             )
-        weight_bytes = _weight_bytes(config, dtype.itemsize)
+        weight_bytes = options.precision.weight_bytes(config)
         is_small = device.type == "cpu" and weight_bytes < _SMALL_BYTES
         if options.deterministic or is_small:
             # A sum shared by threads depends on how many there are, and threads that wait for one
@@ -190,20 +193,19 @@ class Engine:
         close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
         plan = plan_memory(
             config,
-            MemoryRequest(
-                memory_bytes=options.memory_bytes or options.free_memory_bytes(),
-                weight_bytes=weight_bytes,
-                dtype_bytes=dtype.itemsize,
-                state_dtype_bytes=options.torch_state_dtype.itemsize,
-                num_forced=0 if close is None else close.max_tokens,
-                max_batch_tokens=options.max_batch_tokens,
-                max_model_len=options.max_model_len,
-                max_sequences=options.max_sequences,
-                most_sequences=options.most_sequences,
-                most_snapshots=options.most_snapshots,
-            ),
+            options.memory_request(num_forced=0 if close is None else close.max_tokens),
         )
-        model: NemotronH = load_model(folder, config, dtype, device)
+        for note in plan.notes:
+            _log.warning("%s", note)
+        quantization = options.precision.quantization
+        model: NemotronH
+        if options.random_weights:
+            model = random_model(config, dtype, device, quantization)
+        else:
+            model = load_model(folder, config, dtype, device, quantization)
+        compile_started = time.monotonic()
+        model.prepare(deterministic=options.deterministic)
+        compile_seconds = time.monotonic() - compile_started
         runner = ModelRunner(
             model,
             plan,
@@ -215,6 +217,9 @@ class Engine:
             if tokenizer is None
             else Constraints(tokenizer, config.vocab_size, num_threads=torch.get_num_threads()),
         )
+        compile_started = time.monotonic()
+        runner.warm_up(options.max_batch_tokens)
+        compile_seconds += time.monotonic() - compile_started
         return cls(
             runner,
             plan,
@@ -224,6 +229,7 @@ class Engine:
             chat=chat,
             stop_ids=load_stop_ids(folder),
             load_seconds=time.monotonic() - started,
+            compile_seconds=compile_seconds,
         )
 
     @property
@@ -555,13 +561,3 @@ def _error_output(request: Request, error: RowError) -> Output:
         prompt_tokens=len(request.prompt_token_ids),
         error=error,
     )
-
-
-def _weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    total = 0
-    for shape in expected_tensors(config).values():
-        size = dtype_bytes
-        for length in shape:
-            size *= length
-        total += size
-    return total

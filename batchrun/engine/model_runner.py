@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from batchrun.engine.constraints import BoundRow, Constraints
+from batchrun.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan
 from batchrun.engine.sampler import Needs, Sampler, stream_key
 from batchrun.engine.scheduler import Chunk, Step
@@ -55,6 +56,47 @@ class ModelRunner:
         shape = (plan.max_sequences + 1, max(1, plan.blocks_per_sequence))
         self._tables = torch.zeros(shape, dtype=torch.int64, device=device)
         self._uses_blocks = plan.blocks_per_sequence > 0
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        """On a GPU, have all kernels compiled and decode steps recorded; elsewhere do nothing.
+
+        ``num_tokens`` is what a step takes at most. Only scratch slot and block are written to.
+        """
+        if self._device.type != "cuda":
+            return
+        for lens in ((num_tokens,), (max(1, num_tokens // 2), 1)):
+            self._run_scratch(lens)
+        if self.model.ops is not None and not self.model.ops.rectangles:
+            self.record(CudaRecorder(self._device))
+        torch.cuda.synchronize(self._device)
+
+    @torch.inference_mode()
+    def record(self, recorder: Recorder) -> None:
+        """From now on, replay steps that only decode."""
+        self._graphs = DecodeGraphs(
+            self.model,
+            self.state,
+            self._tables,
+            most=1 if self._one_by_one else len(self._tables) - 1,
+            recorder=recorder,
+        )
+
+    def _run_scratch(self, lens: tuple[int, ...]) -> None:
+        """A step of prompts that nobody asked for."""
+        width = -(-max(lens) // BLOCK_SIZE)
+        zeros = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)
+        batch = Batch(
+            token_ids=zeros,
+            num_decodes=0,
+            prefill_lens=lens,
+            slots=zeros[: len(lens)],
+            context_lens=(0,) * len(lens),
+            block_tables=zeros.new_zeros(len(lens), width),
+            logit_rows=zeros[:1],
+        )
+        self.model(batch, self.state)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[NextToken]:
@@ -73,6 +115,11 @@ class ModelRunner:
         token_ids = [sequence.tokens[-1] for sequence in decodes]
         context_lens = [sequence.num_context for sequence in decodes]
         slots = [sequence.slot or 0 for sequence in decodes]
+        if self._graphs is not None and not prefills:
+            logits = self._graphs.run(token_ids, slots, context_lens)
+            for sequence in decodes:
+                sequence.num_context += 1
+            return self._sample(logits, list(decodes))
         sampled = list(decodes)
         logit_rows = list(range(num_decodes))
         longest = 1 + max(context_lens, default=0)

@@ -9,11 +9,21 @@ from pathlib import Path
 
 import torch
 
+from batchrun.engine.accelerators import margin_bytes
+from batchrun.engine.memory import (
+    CPU_SEQUENCES,
+    GPU_SEQUENCES,
+    GRAPH_BYTES,
+    MAX_BATCH_TOKENS,
+    MAX_SNAPSHOTS,
+    MemoryRequest,
+)
 from batchrun.errors import RequestError
+from batchrun.model.ops.mamba_kernels import find_obstacle
+from batchrun.model.sizes import Precision, Quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_GPU_SHARE = 0.92
-"""Of a GPU's memory; the rest is for the CUDA context and fragmentation."""
+_ABSENT = "is not available in this version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,38 +31,53 @@ class EngineOptions:
     """Options of :meth:`~batchrun.engine.engine.Engine.load`.
 
     ``dtype`` auto is bfloat16 on a GPU and float32 on a CPU; ``state_dtype`` auto is float32.
+    ``quantization`` int8 makes the matrices 8-bit integers while they are loaded: half the bytes
+    of bfloat16. ``kv_dtype`` is that of keys and values: auto or the model's.
     ``max_model_len`` bounds prompt + output; None = the checkpoint's, as far as memory holds one
     sequence. ``max_sequences`` run at once at most; None = as many as are useful and fit.
+    ``sequence_tokens`` are expected to be reserved for a sequence, prompt and output; None = 2048.
     ``max_batch_tokens`` go through the model in one step, beyond one for each decoding sequence.
     ``deterministic`` makes the results of a sequence equal to the byte whatever runs beside it, at
     a cost in speed. ``memory_bytes`` bounds what the engine uses; None = what is free, on a CPU
     half of it. ``num_threads`` is torch's; None leaves it as it is. A small model on a CPU runs on
     one thread whatever it says. ``prefix_states`` keeps the states of prompt beginnings that many
     prompts share, so that they are computed once; with ``deterministic`` it is off, because where
-    a prompt is cut would depend on what else the engine has seen.
+    a prompt is cut would depend on what else the engine has seen. ``random_weights`` take the place
+    of the checkpoint's, of which only the config is read then: for measurements.
 
     :raises RequestError: a value that is not one of those named.
     """
 
     dtype: str = "auto"
     state_dtype: str = "auto"
+    quantization: str = "none"
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     max_sequences: int | None = None
-    max_batch_tokens: int = 2048
+    sequence_tokens: int | None = None
+    max_batch_tokens: int = MAX_BATCH_TOKENS
     deterministic: bool = False
     device: str = "auto"
     memory_bytes: int | None = None
     num_threads: int | None = None
     prefix_states: bool = True
+    random_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dtype", "state_dtype"):
             value = getattr(self, name)
             if value != "auto" and value not in _DTYPES:
                 raise RequestError(f"{name} must be auto, bfloat16 or float32, not {value!r}")
+        if self.quantization not in list(Quantization):
+            raise RequestError(f"quantization {self.quantization!r} {_ABSENT}", "use int8 or none")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise RequestError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
-        for name in ("max_model_len", "max_sequences", "max_batch_tokens", "num_threads"):
+        if self.kv_dtype not in ("auto", str(self.torch_dtype).removeprefix("torch.")):
+            raise RequestError(
+                f"kv_dtype {self.kv_dtype!r} beside dtype {self.dtype!r} {_ABSENT}", "use auto"
+            )
+        counts = ("max_model_len", "max_sequences", "sequence_tokens", "max_batch_tokens")
+        for name in (*counts, "num_threads"):
             value = getattr(self, name)
             if value is None and name != "max_batch_tokens":
                 continue
@@ -79,21 +104,38 @@ class EngineOptions:
         return torch.float32 if self.state_dtype == "auto" else _DTYPES[self.state_dtype]
 
     @property
-    def most_sequences(self) -> int:
-        """Beyond so many at once a step only gets longer."""
-        return 256 if self.torch_device.type == "cuda" else 64
+    def precision(self) -> Precision:
+        """The types as sizes."""
+        return Precision(
+            self.torch_dtype.itemsize,
+            self.torch_state_dtype.itemsize,
+            Quantization(self.quantization),
+        )
 
-    @property
-    def most_snapshots(self) -> int:
-        """How many states of shared prompt beginnings are kept at most."""
-        return 8 if self.prefix_states and not self.deterministic else 0
+    def memory_request(self, num_forced: int) -> MemoryRequest:
+        """What the memory of this machine is divided by; ``num_forced`` tokens may be added to a
+        sequence beyond its length."""
+        is_gpu = self.torch_device.type == "cuda"
+        return MemoryRequest(
+            memory_bytes=self.memory_bytes or self.free_memory_bytes(),
+            precision=self.precision,
+            num_forced=num_forced,
+            max_batch_tokens=self.max_batch_tokens,
+            max_model_len=self.max_model_len,
+            max_sequences=self.max_sequences,
+            sequence_tokens=self.sequence_tokens,
+            most_sequences=GPU_SEQUENCES if is_gpu else CPU_SEQUENCES,
+            most_snapshots=MAX_SNAPSHOTS if self.prefix_states and not self.deterministic else 0,
+            graph_bytes=GRAPH_BYTES if is_gpu else 0,
+            has_kernels=is_gpu and find_obstacle() is None,
+        )
 
     def free_memory_bytes(self) -> int:
         """What the engine may use where nobody said."""
         device = self.torch_device
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            return max(0, int(free - (1 - _GPU_SHARE) * total))
+            return max(0, free - margin_bytes(total))
         return _available_bytes() // 2
 
 

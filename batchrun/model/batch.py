@@ -63,3 +63,25 @@ class Batch:
     def query_lens(self) -> tuple[int, ...]:
         """New tokens of each of the S sequences: 1 for decodes, then ``prefill_lens``."""
         return (1,) * self.num_decodes + self.prefill_lens
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """A batch of decodes alone that is described by tensors on the device and by nothing else.
+
+    So the same shapes can be run again with other contents, by a CUDA graph too. D rows:
+    ``token_ids``, ``slots`` and ``context_lens`` [D] int64, ``block_tables`` [D, n] int64; they
+    mean what they do in :class:`Batch`, padding rows included. Logits are made for every row. That
+    each context is at least 1 and its blocks are in the table is the caller's word: looking would
+    mean to wait for the device.
+    """
+
+    token_ids: Tensor
+    slots: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+
+    @property
+    def logit_rows(self) -> slice:
+        """All of them."""
+        return slice(None)

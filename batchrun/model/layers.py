@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchrun.model.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, computed in float32."""
+    """The weight and the epsilon of a norm; :meth:`Ops.add_norm` computes it."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> the same, in the dtype of ``x``."""
-        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -34,6 +28,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        inner = F.relu(self.up_proj(x)).square()  # [T, intermediate]
-        out: Tensor = self.down_proj(inner)
+        inner = self.up_proj(x).relu_()  # [T, intermediate]
+        out: Tensor = self.down_proj(inner.mul_(inner))
         return out

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchrun.model.batch import Batch
+from batchrun.model.batch import Batch, DecodeBatch
 from batchrun.model.config import ModelConfig
 
 
@@ -37,6 +37,9 @@ class PrefillLayout:
     ``token_columns`` [T], ``state_columns`` and ``tail_columns`` [P, K - 1] index the extended
     row: a sequence's tokens, its old and its new conv state. ``token_cells`` [T] index the
     C * Q cells of the chunks. ``waves`` order the chunks for passing states along.
+
+    ``sequences`` [T] is the prefill of each token; ``starts`` and ``first_chunks`` [P + 1] are the
+    first token and the first chunk of each prefill, and behind them T and C.
     """
 
     slots: Tensor
@@ -49,6 +52,9 @@ class PrefillLayout:
     chunk_size: int
     token_cells: Tensor
     waves: tuple[Wave, ...]
+    sequences: Tensor
+    starts: Tensor
+    first_chunks: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,20 @@ class AttentionGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """``write_rows`` [T]: the row of the KV pool for each new token. ``groups``: who sees whom."""
+    """``write_rows`` [T]: the row of the KV pool for each new token. ``groups``: who sees whom.
+
+    The same for kernels that follow the tables themselves: ``tables`` [S, n], ``contexts`` [S],
+    ``starts`` [S + 1] the first token of each sequence, and behind them T. The first
+    ``num_decodes`` sequences have one new token, the others at most ``longest_prefill``.
+    """
 
     write_rows: Tensor
     groups: tuple[AttentionGroup, ...]
+    tables: Tensor
+    contexts: Tensor
+    starts: Tensor
+    num_decodes: int
+    longest_prefill: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,38 +104,89 @@ class Layout:
     attention: AttentionLayout | None
 
 
-def lay_out(batch: Batch, config: ModelConfig, block_size: int) -> Layout:
-    """The layout of ``batch`` for a model and the block size of its KV pool."""
+def lay_out(
+    batch: Batch | DecodeBatch, config: ModelConfig, block_size: int, *, rectangles: bool = True
+) -> Layout:
+    """The layout of ``batch`` for a model and the block size of its KV pool.
+
+    Without ``rectangles`` there are no ``waves`` and no ``groups``, which only operators made of
+    whole-tensor functions need, and every chunk is as long as the config says.
+    """
+    if isinstance(batch, DecodeBatch):
+        return _lay_out_decodes(batch, config, block_size, rectangles)
     has_prefill = batch.prefill_lens and config.num_mamba_layers
+    attention = None
+    if config.num_attention_layers:
+        attention = _lay_out_attention(batch, block_size, rectangles)
     return Layout(
         num_decodes=batch.num_decodes,
         decode_slots=batch.slots[: batch.num_decodes],
-        prefill=_lay_out_prefill(batch, config) if has_prefill else None,
-        attention=_lay_out_attention(batch, block_size) if config.num_attention_layers else None,
+        prefill=_lay_out_prefill(batch, config, rectangles) if has_prefill else None,
+        attention=attention,
     )
 
 
-def _lay_out_prefill(batch: Batch, config: ModelConfig) -> PrefillLayout:
+def _lay_out_decodes(
+    batch: DecodeBatch, config: ModelConfig, block_size: int, rectangles: bool
+) -> Layout:
+    """Worked out on the device, and nothing here waits for it."""
+    num_decodes, device = len(batch.token_ids), batch.token_ids.device
+    attention = None
+    if config.num_attention_layers:
+        rows = torch.arange(num_decodes + 1, device=device)  # [D + 1]
+        position = batch.context_lens  # [D] place of the new token
+        blocks = batch.block_tables.gather(1, (position // block_size)[:, None]).squeeze(1)  # [D]
+        groups: tuple[AttentionGroup, ...] = ()
+        if rectangles:
+            offsets = torch.arange(block_size, device=device)
+            key_rows = (batch.block_tables[..., None] * block_size + offsets).flatten(1)  # [D, Lk]
+            key = torch.arange(key_rows.shape[1], device=device)  # [Lk]
+            is_seen = key <= position[:, None]  # [D, Lk]
+            group = AttentionGroup(
+                query_tokens=rows[:-1, None],
+                key_rows=torch.where(is_seen, key_rows, key_rows[:, :1]),
+                mask=is_seen[:, None, None],
+                cells=rows[:-1],
+                tokens=rows[:-1],
+            )
+            groups = (group,)
+        attention = AttentionLayout(
+            write_rows=blocks * block_size + position % block_size,
+            groups=groups,
+            tables=batch.block_tables,
+            contexts=position,
+            starts=rows,
+            num_decodes=num_decodes,
+            longest_prefill=0,
+        )
+    return Layout(num_decodes, batch.slots, None, attention)
+
+
+def _lay_out_prefill(batch: Batch, config: ModelConfig, rectangles: bool) -> PrefillLayout:
     device = batch.token_ids.device
     lens = torch.tensor(batch.prefill_lens, device=device)  # [P]
     numbers = torch.arange(len(lens), device=device)  # [P]
     ends = lens.cumsum(0)  # [P]
     starts = ends - lens  # [P]
-    sequence = torch.repeat_interleave(numbers, lens)  # [T] sequence of each token
-    token = torch.arange(sum(batch.prefill_lens), device=device)  # [T]
+    num_tokens = sum(batch.prefill_lens)
+    # Told how long the result is, it need not be asked for.
+    sequence = torch.repeat_interleave(numbers, lens, output_size=num_tokens)  # [T]
+    token = torch.arange(num_tokens, device=device)  # [T]
 
     history = config.conv_kernel - 1
     step = torch.arange(history, device=device)  # [K - 1]
     first_columns = starts + numbers * history  # [P]
 
-    # A chunk longer than the longest sequence would only add padding.
-    chunk_size = min(config.chunk_size, max(batch.prefill_lens))
+    chunk_size = config.chunk_size
+    if rectangles:
+        # A chunk longer than the longest sequence would only add padding.
+        chunk_size = min(chunk_size, max(batch.prefill_lens))
     num_chunks = (lens + chunk_size - 1) // chunk_size  # [P]
     first_chunks = num_chunks.cumsum(0) - num_chunks  # [P]
     offset = token - starts[sequence]  # [T] place in its sequence
     chunk_counts = [-(-length // chunk_size) for length in batch.prefill_lens]
     waves = []
-    for n in range(max(chunk_counts)):
+    for n in range(max(chunk_counts) if rectangles else 0):
         sequences = (num_chunks > n).nonzero().squeeze(1)  # [k]
         waves.append(Wave(sequences, first_chunks[sequences] + n))
     return PrefillLayout(
@@ -135,15 +202,21 @@ def _lay_out_prefill(batch: Batch, config: ModelConfig) -> PrefillLayout:
         chunk_size=chunk_size,
         token_cells=first_chunks[sequence] * chunk_size + offset,
         waves=tuple(waves),
+        sequences=sequence,
+        starts=torch.cat([starts, ends[-1:]]),
+        first_chunks=torch.cat([first_chunks, num_chunks.sum(0, keepdim=True)]),
     )
 
 
-def _lay_out_attention(batch: Batch, block_size: int) -> AttentionLayout:
+def _lay_out_attention(batch: Batch, block_size: int, rectangles: bool) -> AttentionLayout:
     device = batch.token_ids.device
     query_lens = torch.tensor(batch.query_lens, device=device)  # [S]
     contexts = torch.tensor(batch.context_lens, device=device)  # [S]
-    starts = query_lens.cumsum(0) - query_lens  # [S] first token of each sequence
-    sequence = torch.repeat_interleave(torch.arange(len(query_lens), device=device), query_lens)
+    ends = query_lens.cumsum(0)  # [S]
+    starts = ends - query_lens  # [S] first token of each sequence
+    sequence = torch.repeat_interleave(
+        torch.arange(len(query_lens), device=device), query_lens, output_size=len(batch.token_ids)
+    )  # [T]
     token = torch.arange(len(sequence), device=device)  # [T]
     position = token - starts[sequence] + contexts[sequence]  # [T] place in its sequence
     blocks = batch.block_tables[sequence, position // block_size]  # [T]
@@ -151,7 +224,8 @@ def _lay_out_attention(batch: Batch, block_size: int) -> AttentionLayout:
 
     groups = []
     offsets = torch.arange(block_size, device=device)  # [block_size]
-    for pieces in _similar(_cut(batch.query_lens, batch.context_lens)):
+    cut = _cut(batch.query_lens, batch.context_lens) if rectangles else iter(())
+    for pieces in _similar(cut):
         who = torch.tensor([piece.sequence for piece in pieces], device=device)  # [n]
         first = torch.tensor([piece.first_query for piece in pieces], device=device)  # [n]
         num_queries = torch.tensor([piece.num_queries for piece in pieces], device=device)  # [n]
@@ -173,7 +247,15 @@ def _lay_out_attention(batch: Batch, block_size: int) -> AttentionLayout:
                 tokens=query_tokens[is_query],
             )
         )
-    return AttentionLayout(write_rows, tuple(groups))
+    return AttentionLayout(
+        write_rows=write_rows,
+        groups=tuple(groups),
+        tables=batch.block_tables,
+        contexts=contexts,
+        starts=torch.cat([starts, ends[-1:]]),
+        num_decodes=batch.num_decodes,
+        longest_prefill=max(batch.prefill_lens, default=0),
+    )
 
 
 @dataclass(frozen=True, slots=True)

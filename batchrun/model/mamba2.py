@@ -50,6 +50,14 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = GatedNormWeight(inner)
         self.out_proj = nn.Linear(inner, hidden, bias=bias)
+        self._A: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Work out what depends on weights alone, and lay out the convolution's column by column:
+        that is how the operators read it."""
+        self._A = -torch.exp(self.A_log.float())
+        weight = self.conv1d.weight  # [conv_dim, 1, K], in memory [K, conv_dim] from now on
+        weight.data = weight.data.squeeze(1).t().contiguous().t().unsqueeze(1)
 
     def forward(self, u: Tensor, layout: Layout, conv: Tensor, ssm: Tensor, ops: Ops) -> Tensor:
         """[T, hidden] -> [T, hidden]; ``conv`` and ``ssm`` are this layer's pools, by slot."""
@@ -59,7 +67,7 @@ class Mamba2Mixer(nn.Module):
         z, x_B_C, dt = projected.split([inner, config.conv_dim, config.mamba_num_heads], dim=-1)
 
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias  # [conv_dim, K]
-        A = -torch.exp(self.A_log.float())  # [h]
+        A = -torch.exp(self.A_log.float()) if self._A is None else self._A  # [h]
         outputs = []
         num_decodes = layout.num_decodes
         if num_decodes:

@@ -16,6 +16,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from tests.integration.faults import RUNTIME_ENV
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +32,7 @@ def cluster(s3_process: str) -> Iterator[str]:
 
     ray.init(
         address="local",
+        runtime_env=RUNTIME_ENV,
         include_dashboard=False,
         num_cpus=8,
         object_store_memory=80 * 2**20,

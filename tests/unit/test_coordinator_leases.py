@@ -373,7 +373,7 @@ def test_an_unreadable_shard_fails_the_canary() -> None:
     """All its rows count as failed."""
     run = Run([10, 10], canary_rows=10)
     run.ready()
-    for _ in range(3):
+    for _ in range(4):
         name = run.workers[-1]
         run.ready(name)
         run.lost(name)

@@ -69,7 +69,7 @@ class Machine(RuleBasedStateMachine):
         self.num_workers = num_workers
         self.canary_rows = canary_rows
         self.deaths: Counter[tuple[int, int]] = Counter()  # alone
-        self.shard_deaths: Counter[int] = Counter()  # of a worker with that shard and nothing else
+        self.shard_deaths: Counter[int] = Counter()  # of a worker that isolated it, rows unknown
         written: list[Strike] = []
         for index, (number, ordinals, alone) in enumerate(strikes):
             rows = Rows.of(ordinals)
@@ -245,7 +245,7 @@ class Machine(RuleBasedStateMachine):
             exact = flying if known else {(lease.shard.number, row) for row in lease.rows}
             if lease.alone and len(exact) == 1:
                 self.deaths[exact.copy().pop()] += 1
-            if len(held) == 1 and (not known or not flying):
+            if lease.alone and (not known or not flying):
                 self.shard_deaths[lease.shard.number] += 1
         for attempt in held:
             del self.open[attempt]

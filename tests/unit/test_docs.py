@@ -195,13 +195,3 @@ def test_constraints_pin_every_direct_dependency() -> None:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}  # type: ignore[index]
     assert names - set(pins) == set()
-
-
-def test_prometheus_scrapes_the_default_port() -> None:
-    """deploy/prometheus scrapes where a job of default settings serves its metrics."""
-    text = (ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8")
-    [scrape] = yaml.safe_load(text)["scrape_configs"]
-    keys = schema_keys()
-    address = f"{keys['metrics.host']}:{keys['metrics.port']}"
-    assert scrape["static_configs"] == [{"targets": [address]}]
-    assert scrape["honor_labels"] is True

@@ -332,10 +332,9 @@ def test_a_wrong_value(tmp_path: Path, section: str, line: str, expected: str) -
 @pytest.mark.parametrize(
     ("section", "line", "key"),
     [
-        ("model", "quantization: int8", "model.quantization"),
+        ("model", "quantization: int4", "model.quantization"),
         ("model", "kv_dtype: int8", "model.kv_dtype"),
         ("model", "kv_dtype: bfloat16", "model.kv_dtype"),
-        ("schedule", '"0 2 * * *"', "schedule"),
     ],
 )
 def test_what_is_not_built_is_refused(tmp_path: Path, section: str, line: str, key: str) -> None:
@@ -458,7 +457,8 @@ def test_the_order_of_a_schema_s_properties_is_content(tmp_path: Path) -> None:
 def test_what_is_built_is_accepted(tmp_path: Path) -> None:
     """Keys that only look like those that are refused are fine."""
     text = with_keys(
-        model="kv_dtype: bfloat16\n  dtype: bfloat16\n  state_dtype: bfloat16",
+        model="kv_dtype: bfloat16\n  dtype: bfloat16\n  state_dtype: bfloat16\n"
+        "  quantization: int8",
         resources="workers: {min: 2, max: 4}\n  price_per_gpu_hour: 1",
         errors="max_failed_rows: 0.5\n  canary_rows: 5",
         limits="max_hours: 0.5\n  max_tokens: 10\n  max_cost: 0.5",
@@ -630,6 +630,7 @@ def test_semantic_configuration(tmp_path: Path) -> None:
     for semantic in (
         "model.path=elsewhere",
         "model.dtype=float32",
+        "model.quantization=int8",
         "input.prompt_column=other",
         "input.system=Be brief",
         "input.limit=5",

@@ -224,8 +224,8 @@ def test_models_that_are_not_there_and_options_that_are_not_known(tmp_path: Path
         LLM(str(tmp_path))
     with pytest.raises(TypeError, match="tensor_parallel_size"):
         LLM("tiny", tensor_parallel_size=2)  # type: ignore[call-arg]
-    with pytest.raises(RequestError, match=r"int8.* not available in this version"):
-        LLM("tiny", quantization="int8")
+    with pytest.raises(RequestError, match=r"int4.* not available in this version"):
+        LLM("tiny", quantization="int4")
     with pytest.raises(RequestError, match="kv_dtype"):
         LLM("tiny", kv_dtype="int8")
     with pytest.raises(RequestError, match=r"cuda:99.* torch finds \d+ GPUs here"):

@@ -56,7 +56,9 @@ def test_script_parses_and_stops_at_errors(script: Path) -> None:
         assert "\nset -euo pipefail\n" in script.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["demo.sh", "test.sh", "check.sh", "install_gpu.sh"])
+@pytest.mark.parametrize(
+    "name", ["demo.sh", "test.sh", "check.sh", "install_gpu.sh", "ops_check.sh"]
+)
 def test_missing_python_is_said(clone: Path, name: str) -> None:
     """Without Python 3.11 or newer a script says so, with a hint, and makes nothing."""
     done = run_script(clone / "scripts" / name, PYTHON="/nonexistent/python3")

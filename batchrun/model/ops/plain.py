@@ -16,6 +16,8 @@ from batchrun.model.layout import AttentionLayout, PrefillLayout
 class PlainOps:
     """Operators in plain PyTorch, batched over sequences: no loop over tokens or sequences."""
 
+    rectangles = True
+
     def conv_update(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
     ) -> Tensor:
@@ -157,6 +159,12 @@ class PlainOps:
         y = y.permute(0, 2, 1, 3).reshape(c * q, num_heads, head_dim)
         y = y.index_select(0, layout.token_cells)  # [T, h, p]
         return (y + skip.float()[:, None] * x32).to(x.dtype)
+
+    def add_norm(self, h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """In float32, rounded once."""
+        if delta is not None:
+            h.add_(delta)
+        return F.rms_norm(h.float(), weight.shape, weight.float(), eps).to(h.dtype)
 
     def gated_norm(
         self, y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float

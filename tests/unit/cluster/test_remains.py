@@ -19,8 +19,9 @@ import sys, time
 from batchrun.cluster.remains import Estate
 estate = Estate(4)
 estate.flight.set([(3, 7), (3, 9)])
-print(estate.place.folder, estate.place.pid, estate.place.process_started, flush=True)
-def stand_here(): sys.stdin.read()
+def stand_here():
+    print(estate.place.folder, estate.place.pid, estate.place.process_started, flush=True)
+    sys.stdin.read()
 stand_here()
 """
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 
@@ -413,3 +415,26 @@ def test_expected_answers_of_every_type(tmp_path: Path) -> None:
         write(folder / "a.parquet", {"prompt": ["x", "y"], "a": pair})
         (shard,), schema, _ = planned(folder, InputColumns(prompt="prompt", answer="a"))
         assert [row.answer for row in read_all(shard, schema)[0]] == pair
+
+
+def test_memory_is_counted_while_another_thread_takes_it(tmp_path: Path) -> None:
+    """A part that is finished beside the engine takes carried rows while the pipeline asks how
+    many bytes are held."""
+    columns = InputColumns(prompt="prompt", carried=("n",))
+    data = {**prompts(2000), "n": list(range(2000))}
+    write(tmp_path / "a.parquet", data, row_group_size=10)
+    (shard,), schema, _ = planned(tmp_path, columns)
+    interval = sys.getswitchinterval()
+    with ShardReader(shard, schema) as reader, ThreadPoolExecutor(1) as pool:
+        assert 2000 == len(list(reader))
+        sys.setswitchinterval(1e-6)
+        try:
+            taking = pool.submit(lambda: [reader.take_carried(1) for _ in range(2000)])
+            held = [reader.held_bytes]
+            while not taking.done():
+                held.append(reader.held_bytes)
+        finally:
+            sys.setswitchinterval(interval)
+    assert list(range(2000)) == [table.column("n")[0].as_py() for table in taking.result()]
+    assert sorted(held, reverse=True) == held
+    assert 0 == reader.held_bytes

@@ -362,6 +362,50 @@ def test_bfloat16_runs(random_folder: Path) -> None:
     assert run_one(engine, [1, 50], max_tokens=9, ignore_eos=True).num_completion_tokens == 9
 
 
+def test_int8_is_the_same_for_any_batch(random_folder: Path) -> None:
+    """Quantised weights: a sequence alone gives the tokens that it gives among others, and the
+    memory plan counts the bytes that the weights take."""
+    engine = make_engine(random_folder, quantization="int8")
+    held = sum(parameter.nbytes for parameter in engine.runner.model.parameters())
+    assert engine.memory.weight_bytes == held
+    requests = mixed_requests(12)
+    together = run(engine, requests)
+    assert len(together) == 12
+    for request in requests:
+        assert same(run(engine, [request])[request.key, 0], together[request.key, 0])
+
+
+@pytest.mark.parametrize("pattern", ["M*-M*-", "MM-", "*-*-"])
+@pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 float32", "bfloat16 bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_the_engine_allocates_what_was_planned(
+    pattern: str, dtypes: str, quantization: str, tmp_path: Path
+) -> None:
+    """Every row of the memory table that is allocated at load has the size of its tensors, to the
+    byte; together they fit into the memory that was given."""
+    folder = write_random(tmp_path / "model", hybrid_override_pattern=pattern)
+    dtype, state_dtype = dtypes.split()
+    engine = make_engine(
+        folder,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        quantization=quantization,
+        memory_bytes=200 << 20,
+        max_model_len=300,
+    )
+    plan, state = engine.memory, engine.runner.state
+    held = {
+        "weights": sum(parameter.nbytes for parameter in engine.runner.model.parameters()),
+        "SSM and conv state": state.conv.nbytes + state.ssm.nbytes,
+        "keys and values": state.keys.nbytes + state.values.nbytes,
+    }
+    rows = {row.name: row.size_bytes for row in plan.table}
+    assert {name: size for name, size in held.items() if size} == {
+        name: size for name, size in rows.items() if name in held
+    }
+    assert sum(rows.values()) == plan.memory_bytes == 200 << 20
+
+
 def test_a_length_beyond_memory_is_refused(random_folder: Path) -> None:
     """Before the weights are loaded, saying what fits."""
     with pytest.raises(CheckpointError, match="beyond what memory holds"):

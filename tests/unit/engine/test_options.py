@@ -29,6 +29,10 @@ def test_free_memory_is_a_part_of_the_machines() -> None:
     [
         ("dtype", "float16"),
         ("state_dtype", "int8"),
+        ("quantization", "int4"),
+        ("quantization", None),
+        ("kv_dtype", "int8"),
+        ("kv_dtype", "bfloat16"),
         ("max_model_len", 0),
         ("max_sequences", "auto"),
         ("max_sequences", True),

@@ -24,6 +24,24 @@ def test_first_token_alone_is_a_prefill() -> None:
     assert_close(driver.run(random_tokens(SMALL, 1)), expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_prepared_model(has_bias: bool) -> None:
+    """A prepared model gives the same logits, with one matrix for what shares an input and not a
+    byte more of weights; to prepare it twice is to prepare it once."""
+    config = replace(SMALL, attention_bias=has_bias)
+    tokens = random_tokens(config, 30)
+    expected = Driver(random_model(config)).run(tokens)
+    model = random_model(config)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.prepare()
+    model.prepare()
+    assert_close(Driver(model).run(tokens), expected, TOLERANCE)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == size
+    names = [name for name, _ in model.named_parameters() if "_proj.weight" in name]
+    attention = [name.split(".")[-2] for name in names if ".2." in name]
+    assert sorted(attention) == ["o_proj", "qkv_proj"]
+
+
 def test_mixed_batch_equals_alone() -> None:
     """Decodes, prompts, pieces of prompts and padding rows in one batch: as each alone."""
     driver = Driver(random_model())

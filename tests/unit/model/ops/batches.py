@@ -1,10 +1,21 @@
-"""Batches without a model."""
+"""Batches without a model, and the compiled operators."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from batchrun.model.batch import Batch
+from batchrun.model.ops.build import NoCompiler, load_library
+from batchrun.model.ops.native import NativeOps
+
+
+def native_ops() -> NativeOps:
+    """The compiled operators; skips the test where there is no compiler."""
+    try:
+        return NativeOps(load_library())
+    except NoCompiler as error:
+        pytest.skip(str(error))
 
 
 def make_batch(

@@ -1,4 +1,4 @@
-"""The plain operators against the recurrences they stand for, written as loops."""
+"""The operators of a CPU, plain and compiled, against what they stand for, written as loops."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchrun.model.layout import AttentionLayout, PrefillLayout, lay_out
-from batchrun.model.ops import select_ops
+from batchrun.model.ops import Ops, select_ops
+from batchrun.model.ops.native import NativeOps
 from batchrun.model.ops.plain import PlainOps
 from tests.unit.model.models import SMALL, assert_close
-from tests.unit.model.ops.batches import make_batch
+from tests.unit.model.ops.batches import make_batch, native_ops
 
-OPS = PlainOps()
 TOLERANCE = 1e-4
 """Some outputs of the recurrence are near 100, where the last bit of float32 is 8e-6."""
 
@@ -66,6 +66,12 @@ def recurrence(inputs: dict[str, Tensor], token: int, S: Tensor) -> tuple[Tensor
     return y, new
 
 
+@pytest.fixture(params=["plain", "native"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """Each kind of operators that a CPU has."""
+    return PlainOps() if request.param == "plain" else native_ops()
+
+
 @pytest.fixture
 def draw() -> Callable[..., Tensor]:
     """Standard normal numbers, the same in every test."""
@@ -75,7 +81,7 @@ def draw() -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize(("lens", "contexts"), PREFILLS)
 def test_ssd_scan(
-    lens: tuple[int, ...], contexts: tuple[int, ...], draw: Callable[..., Tensor]
+    lens: tuple[int, ...], contexts: tuple[int, ...], ops: Ops, draw: Callable[..., Tensor]
 ) -> None:
     """Outputs and final states are those of the recurrence from each sequence's state."""
     layout = lay_out_prefill(lens, contexts)
@@ -83,7 +89,7 @@ def test_ssd_scan(
     state = draw(12, 6, 10, 12)
     before = state.clone()
     state[layout.slots[layout.is_new]] = torch.nan
-    y = OPS.ssd_scan(**inputs, state=state, layout=layout)
+    y = ops.ssd_scan(**inputs, state=state, layout=layout)
     token = 0
     for length, context, slot in zip(lens, contexts, layout.slots.tolist(), strict=True):
         S = before[slot].double() if context else torch.zeros(6, 10, 12, dtype=torch.double)
@@ -96,26 +102,28 @@ def test_ssd_scan(
     assert torch.equal(state[others], before[others])
 
 
-def test_ssd_scan_with_extreme_time_steps(draw: Callable[..., Tensor]) -> None:
+def test_ssd_scan_with_extreme_time_steps(ops: Ops, draw: Callable[..., Tensor]) -> None:
     """Time steps that forget everything at once, or change nothing, give neither inf nor NaN."""
     layout = lay_out_prefill((24,), (0,))
     inputs = ssm_inputs(24, draw)
     inputs["dt"] = torch.tensor([-1e4, 300.0, 0.0] * 8)[:, None].expand(24, 6)
     state = torch.zeros(12, 6, 10, 12)
-    y = OPS.ssd_scan(**inputs, state=state, layout=layout)
+    y = ops.ssd_scan(**inputs, state=state, layout=layout)
     S = torch.zeros(6, 10, 12, dtype=torch.double)
     for token in range(24):
         expected, S = recurrence(inputs, token, S)
         torch.testing.assert_close(y[token].double(), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_ssd_scan_keeps_small_time_steps_after_large_ones(draw: Callable[..., Tensor]) -> None:
+def test_ssd_scan_keeps_small_time_steps_after_large_ones(
+    ops: Ops, draw: Callable[..., Tensor]
+) -> None:
     """A token that forgets everything takes no precision from those after it in its chunk."""
     layout = lay_out_prefill((40,), (0,), chunk_size=64)
     inputs = ssm_inputs(40, draw)
     inputs["dt"][2:8] = 300.0
     inputs["dt"][8:] = -2.0
-    y = OPS.ssd_scan(**inputs, state=torch.zeros(12, 6, 10, 12), layout=layout)
+    y = ops.ssd_scan(**inputs, state=torch.zeros(12, 6, 10, 12), layout=layout)
     S = torch.zeros(6, 10, 12, dtype=torch.double)
     for token in range(40):
         expected, S = recurrence(inputs, token, S)
@@ -123,13 +131,13 @@ def test_ssd_scan_keeps_small_time_steps_after_large_ones(draw: Callable[..., Te
             torch.testing.assert_close(y[token].double(), expected, rtol=1e-5, atol=1e-3)
 
 
-def test_ssm_update(draw: Callable[..., Tensor]) -> None:
+def test_ssm_update(ops: Ops, draw: Callable[..., Tensor]) -> None:
     """One step of the recurrence for each decode, in place in its slot alone."""
     slots = torch.tensor([7, 2, 9])
     inputs = ssm_inputs(3, draw)
     state = draw(12, 6, 10, 12)
     before = state.clone()
-    y = OPS.ssm_update(**inputs, state=state, slots=slots)
+    y = ops.ssm_update(**inputs, state=state, slots=slots)
     for i, slot in enumerate(slots.tolist()):
         expected, S = recurrence(inputs, i, before[slot].double())
         assert_close(y[i], expected.float(), TOLERANCE)
@@ -144,6 +152,7 @@ def test_causal_conv(
     lens: tuple[int, ...],
     contexts: tuple[int, ...],
     with_bias: bool,
+    ops: Ops,
     draw: Callable[..., Tensor],
 ) -> None:
     """A convolution over each sequence alone, with its state or zeros before its first token."""
@@ -154,7 +163,7 @@ def test_causal_conv(
     state = draw(12, kernel - 1, channels)
     before = state.clone()
     state[layout.slots[layout.is_new]] = torch.nan
-    out = OPS.causal_conv(x, weight, bias, state, layout)
+    out = ops.causal_conv(x, weight, bias, state, layout)
     for mine, inputs, context, slot in zip(
         out.split(lens), x.split(lens), contexts, layout.slots.tolist(), strict=True
     ):
@@ -165,22 +174,37 @@ def test_causal_conv(
         assert torch.equal(state[slot], columns[-(kernel - 1) :])
 
 
-def test_conv_update_continues_causal_conv(draw: Callable[..., Tensor]) -> None:
+def test_conv_update_continues_causal_conv(ops: Ops, draw: Callable[..., Tensor]) -> None:
     """Tokens fed one by one give what they give in one piece."""
     layout = lay_out_prefill((9,), (0,))
     slot = layout.slots
     x, weight, bias = draw(9, 7), draw(7, 4), draw(7)
     state, again = draw(12, 3, 7), torch.zeros(12, 3, 7)
-    expected = OPS.causal_conv(x, weight, bias, state, layout)
-    steps = [OPS.conv_update(x[i : i + 1], weight, bias, again, slot) for i in range(9)]
+    expected = ops.causal_conv(x, weight, bias, state, layout)
+    steps = [ops.conv_update(x[i : i + 1], weight, bias, again, slot) for i in range(9)]
     assert_close(torch.cat(steps), expected, TOLERANCE)
     assert torch.equal(again[slot], state[slot])
 
 
-def test_gated_norm(draw: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_norm(dtype: torch.dtype, ops: Ops, draw: Callable[..., Tensor]) -> None:
+    """What is added stays added, rounded to the dtype; the norm is of that sum."""
+    h, delta = draw(5, 12).to(dtype), draw(5, 12).to(dtype)
+    weight = draw(12).to(dtype)
+    added = h + delta
+    scale = (added.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = (added.double() / scale * weight.double()).to(dtype)
+    tolerance = 1e-6 if dtype is torch.float32 else 2e-2
+    assert_close(ops.add_norm(h, delta, weight, 1e-5).double(), expected.double(), tolerance)
+    assert torch.equal(h, added)
+    assert_close(ops.add_norm(h, None, weight, 1e-5).double(), expected.double(), tolerance)
+    assert torch.equal(h, added)
+
+
+def test_gated_norm(ops: Ops, draw: Callable[..., Tensor]) -> None:
     """Gate first, then the norm of each group of channels, then the weight."""
     y, z, weight = draw(5, 12), draw(5, 12), draw(12)
-    out = OPS.gated_norm(y, z, weight, 4, 1e-5)
+    out = ops.gated_norm(y, z, weight, 4, 1e-5)
     for group in range(3):
         channels = slice(4 * group, 4 * group + 4)
         gated = y[:, channels] * z[:, channels] * torch.sigmoid(z[:, channels])
@@ -205,6 +229,7 @@ def test_attention(
     decodes: tuple[int, ...],
     prefills: tuple[tuple[int, int], ...],
     kv_heads: int,
+    ops: Ops,
     draw: Callable[..., Tensor],
 ) -> None:
     """Every new token sees its sequence up to itself, keys of earlier steps included."""
@@ -227,7 +252,7 @@ def test_attention(
         keys[blocks, offsets] = draw(context, kv_heads, head_dim)
         values[blocks, offsets] = draw(context, kv_heads, head_dim)
         old.append((keys[blocks, offsets], values[blocks, offsets]))
-    out = OPS.attention(q, k, v, keys, values, layout)
+    out = ops.attention(q, k, v, keys, values, layout)
     begin = 0
     for length, (old_keys, old_values) in zip(batch.query_lens, old, strict=True):
         mine = slice(begin, begin + length)
@@ -240,8 +265,18 @@ def test_attention(
         assert_close(out[mine], torch.einsum("hqk,khd->qhd", weights, all_values), TOLERANCE)
 
 
-def test_selection_says_why() -> None:
-    """On a CPU the plain operators run, and the reason is there to print."""
-    selection = select_ops(torch.device("cpu"))
+def test_selection_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled operators run where they can be compiled and hold the model, else the plain ones;
+    the reason is there to print."""
+    native_ops()  # skips where nothing can be compiled
+    cpu = torch.device("cpu")
+    selection = select_ops(cpu, SMALL)
+    assert isinstance(selection.ops, NativeOps)
+    assert selection.reason == "operators compiled for this CPU (native.cpp)"
+    selection = select_ops(cpu, replace(SMALL, ssm_state_size=2048))
     assert isinstance(selection.ops, PlainOps)
-    assert selection.reason == "plain PyTorch operators on cpu"
+    assert "states of 1024 and attention heads of 256 at most" in selection.reason
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    selection = select_ops(cpu, SMALL)
+    assert isinstance(selection.ops, PlainOps)
+    assert "no C++ compiler (no-such-compiler) is on the PATH" in selection.reason

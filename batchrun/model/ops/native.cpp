@@ -1,0 +1,455 @@
+// The operators of batchrun/model/ops/__init__.py for a CPU, one pass over memory each.
+//
+// Compiled on the machine that runs them, for its vector units, by build.py; called through ctypes.
+// Plain loops that compilers turn into vector code, no library but OpenMP. Numbers are float32 while
+// they are worked on, whatever they are stored as. What one sequence gives does not depend on how
+// many threads there are, nor on the other sequences.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+using f32 = float;
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+inline float load(bf16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+inline void store(float &to, float value) { to = value; }
+inline void store(bf16 &to, float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+    uint32_t nan = (bits >> 16) | 0x40;
+    to.bits = uint16_t(value != value ? nan : rounded);
+}
+
+// e^x to about the last bit of float32; NaN stays NaN.
+inline float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float turns = x * 1.44269504088896341f + 12582912.0f;  // rounds to a whole number of ln 2
+    uint32_t bits;
+    memcpy(&bits, &turns, 4);
+    float whole = turns - 12582912.0f;
+    float rest = x - whole * 0.693359375f;
+    rest -= whole * -2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    uint32_t scale = (bits << 23) + 0x3f800000u;
+    float power;
+    memcpy(&power, &scale, 4);
+    return sum * power;
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+const int SCRATCH = 1024;  // the largest state size, head size and head dimension; see native.py
+
+template <typename T>
+void add_norm(T *h, const T *delta, const T *weight, T *out, int64_t rows, int64_t size,
+              int64_t delta_stride, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < rows; i++) {
+        T *row = h + i * size;
+        float sum = 0;
+        if (delta) {
+            const T *added = delta + i * delta_stride;
+#pragma omp simd
+            for (int64_t j = 0; j < size; j++) store(row[j], load(row[j]) + load(added[j]));
+        }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < size; j++) sum += load(row[j]) * load(row[j]);
+        float scale = 1.0f / sqrtf(sum / size + eps);
+        T *to = out + i * size;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) store(to[j], load(row[j]) * scale * load(weight[j]));
+    }
+}
+
+template <typename T>
+void gated_norm(const T *y, const T *z, const T *weight, T *out, int64_t rows, int64_t size,
+                int64_t z_stride, int64_t group_size, float eps, int threads) {
+    int64_t groups = size / group_size;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < rows * groups; i++) {
+        int64_t row = i / groups, first = i % groups * group_size;
+        const T *values = y + row * size + first, *gate = z + row * z_stride + first;
+        const T *scales = weight + first;
+        T *to = out + row * size + first;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < group_size; j++) {
+            float v = load(values[j]) * silu(load(gate[j]));
+            sum += v * v;
+        }
+        float scale = 1.0f / sqrtf(sum / group_size + eps);
+        // The gate again: cheaper than to keep it, and exact.
+#pragma omp simd
+        for (int64_t j = 0; j < group_size; j++) {
+            float v = load(values[j]) * silu(load(gate[j]));
+            store(to[j], v * scale * load(scales[j]));
+        }
+    }
+}
+
+// One sequence's tokens, each of x_stride, through the convolution for the channels first .. end.
+template <typename T>
+void convolve(const T *x, const T *weight, const T *bias, T *state, T *out, int64_t tokens,
+              int64_t first, int64_t end, int64_t channels, int kernel, int64_t x_stride,
+              bool is_new) {
+    int history = kernel - 1;
+    if (is_new)
+        for (int k = 0; k < history; k++)
+            memset(state + k * channels + first, 0, (end - first) * sizeof(T));
+    for (int64_t t = 0; t < tokens; t++) {
+        const T *now = x + t * x_stride;
+        T *to = out + t * channels;
+        if (kernel == 4) {
+            T *a = state, *b = state + channels, *c = state + 2 * channels;
+            const T *w = weight;
+#pragma omp simd
+            for (int64_t j = first; j < end; j++) {
+                float sum = bias ? load(bias[j]) : 0.0f;
+                sum += load(a[j]) * load(w[j]);
+                sum += load(b[j]) * load(w[channels + j]);
+                sum += load(c[j]) * load(w[2 * channels + j]);
+                sum += load(now[j]) * load(w[3 * channels + j]);
+                a[j] = b[j];
+                b[j] = c[j];
+                c[j] = now[j];
+                store(to[j], silu(sum));
+            }
+            continue;
+        }
+        for (int64_t j = first; j < end; j++) {
+            float sum = bias ? load(bias[j]) : 0.0f;
+            for (int k = 0; k < history; k++) {
+                sum += load(state[k * channels + j]) * load(weight[k * channels + j]);
+                state[k * channels + j] = k + 1 < history ? state[(k + 1) * channels + j] : now[j];
+            }
+            sum += load(now[j]) * load(weight[history * channels + j]);
+            store(to[j], silu(sum));
+        }
+    }
+}
+
+const int64_t CHANNELS = 512;  // a thread's piece of a row
+
+template <typename T>
+void conv(const T *x, const T *weight, const T *bias, T *state, const int64_t *slots,
+          const int64_t *starts, const bool *is_new, T *out, int64_t sequences, int64_t channels,
+          int kernel, int64_t x_stride, int threads) {
+    int64_t pieces = (channels + CHANNELS - 1) / CHANNELS;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < sequences * pieces; i++) {
+        int64_t s = i / pieces, first = i % pieces * CHANNELS;
+        int64_t end = first + CHANNELS < channels ? first + CHANNELS : channels;
+        int64_t start = starts ? starts[s] : s, tokens = starts ? starts[s + 1] - start : 1;
+        convolve(x + start * x_stride, weight, bias, state + slots[s] * (kernel - 1) * channels,
+                 out + start * channels, tokens, first, end, channels, kernel, x_stride,
+                 is_new && is_new[s]);
+    }
+}
+
+struct Sizes {
+    int64_t sequences, heads, head_size, groups, state_size, x_stride, dt_stride, bc_stride;
+};
+
+template <typename T, typename S>
+void ssm_update(const T *x, const T *dt, const T *B, const T *C, const float *A, const T *dt_bias,
+                const T *skip, S *state, const int64_t *slots, T *out, const Sizes &sizes,
+                int threads) {
+    const int64_t heads = sizes.heads, p = sizes.head_size, n = sizes.state_size;
+    const int64_t per_group = heads / sizes.groups;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < sizes.sequences * heads; i++) {
+        int64_t d = i / heads, head = i % heads;
+        float step = softplus(load(dt[d * sizes.dt_stride + head]) + load(dt_bias[head]));
+        float decay = expf(step * A[head]), through = load(skip[head]);
+        float b[SCRATCH], c[SCRATCH];
+        const T *B_row = B + d * sizes.bc_stride + head / per_group * n;
+        const T *C_row = C + d * sizes.bc_stride + head / per_group * n;
+        for (int64_t k = 0; k < n; k++) {
+            b[k] = load(B_row[k]);
+            c[k] = load(C_row[k]);
+        }
+        S *rows = state + (slots[d] * heads + head) * p * n;
+        const T *x_row = x + d * sizes.x_stride + head * p;
+        T *to = out + i * p;
+        for (int64_t j = 0; j < p; j++) {
+            float value = load(x_row[j]), in = step * value, y = 0;
+            S *row = rows + j * n;
+#pragma omp simd reduction(+ : y)
+            for (int64_t k = 0; k < n; k++) {
+                float s = load(row[k]) * decay + in * b[k];
+                store(row[k], s);
+                y += s * c[k];
+            }
+            store(to[j], y + through * value);
+        }
+    }
+}
+
+const int LANES = 16;  // numbers side by side in a scan or an attention
+
+// The same token by token, for LANES channels of a head whose state stays in the cache, transposed.
+template <typename T, typename S>
+void scan(const T *x, const T *dt, const T *B, const T *C, const float *A, const T *dt_bias,
+          const T *skip, S *state, const int64_t *slots, const int64_t *starts, const bool *is_new,
+          T *out, const Sizes &sizes, int threads) {
+    const int64_t heads = sizes.heads, p = sizes.head_size, n = sizes.state_size;
+    const int64_t per_group = heads / sizes.groups, blocks = (p + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+    for (int64_t i = 0; i < sizes.sequences * heads; i++) {
+        int64_t s = i / heads, head = i % heads;
+        float minus = A[head], through = load(skip[head]), bias = load(dt_bias[head]);
+        for (int64_t block = 0; block < blocks; block += 2) {
+            // Two blocks at a time, so that a sum need not wait for the one before.
+            float kept[SCRATCH][2 * LANES];
+            int64_t first = block * LANES;
+            int64_t width = p - first < 2 * LANES ? p - first : 2 * LANES;
+            S *rows = state + ((slots[s] * heads + head) * p + first) * n;
+            for (int64_t k = 0; k < n; k++)
+                for (int64_t j = 0; j < 2 * LANES; j++)
+                    kept[k][j] = is_new[s] || j >= width ? 0.0f : load(rows[j * n + k]);
+            for (int64_t t = starts[s]; t < starts[s + 1]; t++) {
+                float step = softplus(load(dt[t * sizes.dt_stride + head]) + bias);
+                float decay = expf(step * minus);
+                const T *B_row = B + t * sizes.bc_stride + head / per_group * n;
+                const T *C_row = C + t * sizes.bc_stride + head / per_group * n;
+                const T *x_row = x + t * sizes.x_stride + head * p + first;
+                float in[2 * LANES], y[2 * LANES], odd[2 * LANES];
+                for (int64_t j = 0; j < 2 * LANES; j++) {
+                    float value = j < width ? load(x_row[j]) : 0.0f;
+                    in[j] = step * value;
+                    y[j] = through * value;
+                    odd[j] = 0.0f;
+                }
+                int64_t k = 0;
+                for (; k + 1 < n; k += 2) {
+                    float b0 = load(B_row[k]), c0 = load(C_row[k]);
+                    float b1 = load(B_row[k + 1]), c1 = load(C_row[k + 1]);
+#pragma omp simd
+                    for (int j = 0; j < 2 * LANES; j++) {
+                        kept[k][j] = kept[k][j] * decay + in[j] * b0;
+                        y[j] += kept[k][j] * c0;
+                        kept[k + 1][j] = kept[k + 1][j] * decay + in[j] * b1;
+                        odd[j] += kept[k + 1][j] * c1;
+                    }
+                }
+                for (; k < n; k++) {
+                    float b0 = load(B_row[k]), c0 = load(C_row[k]);
+                    for (int j = 0; j < 2 * LANES; j++) {
+                        kept[k][j] = kept[k][j] * decay + in[j] * b0;
+                        y[j] += kept[k][j] * c0;
+                    }
+                }
+                T *to = out + (t * heads + head) * p + first;
+                for (int64_t j = 0; j < width; j++) store(to[j], y[j] + odd[j]);
+            }
+            for (int64_t j = 0; j < width; j++)
+                for (int64_t k = 0; k < n; k++) store(rows[j * n + k], kept[k][j]);
+        }
+    }
+}
+
+const int KEYS = 32;        // scored at a time
+const int MAX_DIM = SCRATCH / 4;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+
+inline Vector exponentials(Vector x) {
+#pragma omp simd
+    for (int l = 0; l < LANES; l++) x[l] = exponential(x[l]);
+    return x;
+}
+
+template <typename T>
+inline const float *widened(const T *row, float *room, int64_t size) {
+    for (int64_t j = 0; j < size; j++) room[j] = load(row[j]);
+    return room;
+}
+template <>
+inline const float *widened<float>(const float *row, float *, int64_t) {
+    return row;
+}
+
+struct Attention {
+    int64_t heads, kv_heads, size, q_stride, table_stride, block_size;
+};
+
+// LANES queries side by side that share a key/value head: heads of one token, or of neighbouring
+// tokens of a sequence. Softmax as the keys go by.
+template <typename T>
+void attend_tile(const T *q, const T *keys, const T *values, const int64_t *table, T *out,
+                 int64_t token, int64_t kv_head, int64_t first, int64_t lanes, int64_t context,
+                 const Attention &sizes) {
+    const int64_t d = sizes.size, sharing = sizes.heads / sizes.kv_heads;
+    const int64_t row_size = sizes.kv_heads * d, block_size = sizes.block_size;
+    const float scale = 1.0f / sqrtf(float(d));
+    Vector queries[MAX_DIM], sums[MAX_DIM], scores[KEYS], highest, total, shrink;
+    float room[4][MAX_DIM];
+    const float *row[4];
+    int64_t limits[LANES], count = 0;  // keys that each query sees
+    for (int l = 0; l < LANES; l++) {
+        int64_t query = first + (l < lanes ? l : 0);
+        const T *from = q + (token + query / sharing) * sizes.q_stride +
+                       (kv_head * sharing + query % sharing) * d;
+        for (int64_t j = 0; j < d; j++) {
+            queries[j][l] = load(from[j]) * scale;
+            sums[j][l] = 0.0f;
+        }
+        limits[l] = context + query / sharing + 1;
+        count = limits[l] > count ? limits[l] : count;
+        highest[l] = -INFINITY;
+        total[l] = 0.0f;
+    }
+    for (int64_t at = 0; at < count;) {
+        int64_t offset = at % block_size, some = block_size - offset;
+        some = some < KEYS ? some : KEYS;
+        some = some < count - at ? some : count - at;
+        int64_t start = (table[at / block_size] * block_size + offset) * row_size + kv_head * d;
+        for (int64_t r = 0; r < some; r += 4) {
+            for (int i = 0; i < 4; i++)
+                row[i] = widened(keys + start + (r + i < some ? r + i : r) * row_size, room[i], d);
+            Vector dots[4] = {};
+            for (int64_t j = 0; j < d; j++) {
+                dots[0] += queries[j] * row[0][j];
+                dots[1] += queries[j] * row[1][j];
+                dots[2] += queries[j] * row[2][j];
+                dots[3] += queries[j] * row[3][j];
+            }
+            for (int i = 0; i < 4; i++)
+                for (int l = 0; l < LANES; l++)
+                    scores[r + i][l] =
+                        r + i < some && at + r + i < limits[l] ? dots[i][l] : -INFINITY;
+        }
+        // Of the first keys every query sees one, so the highest is a number from then on.
+        Vector high = highest;
+        for (int64_t r = 0; r < some; r++) high = scores[r] > high ? scores[r] : high;
+        shrink = exponentials(highest - high);
+        highest = high;
+        total *= shrink;
+        int64_t padded = (some + 3) / 4 * 4;
+        for (int64_t r = 0; r < padded; r++) {
+            // Minus infinity is a key that is not seen; the least power is not quite nothing.
+            scores[r] = scores[r] == -INFINITY ? Vector{} : exponentials(scores[r] - highest);
+            total += scores[r];
+        }
+        for (int64_t j = 0; j < d; j++) sums[j] *= shrink;
+        for (int64_t r = 0; r < some; r += 4) {
+            for (int i = 0; i < 4; i++)
+                row[i] = widened(values + start + (r + i < some ? r + i : r) * row_size, room[i], d);
+            Vector w0 = scores[r], w1 = scores[r + 1], w2 = scores[r + 2], w3 = scores[r + 3];
+            for (int64_t j = 0; j < d; j++)
+                sums[j] += (w0 * row[0][j] + w1 * row[1][j]) + (w2 * row[2][j] + w3 * row[3][j]);
+        }
+        at += some;
+    }
+    for (int l = 0; l < lanes; l++) {
+        int64_t query = first + l;
+        T *to = out + ((token + query / sharing) * sizes.heads + kv_head * sharing +
+                       query % sharing) * d;
+        for (int64_t j = 0; j < d; j++) store(to[j], sums[j][l] / total[l]);
+    }
+}
+
+// Sequences of up to `longest` new tokens, whose keys and values are in the pools already.
+template <typename T>
+void attend(const T *q, const T *keys, const T *values, const int64_t *tables,
+            const int64_t *contexts, const int64_t *starts, T *out, int64_t sequences,
+            int64_t longest, const Attention &sizes, int threads) {
+    const int64_t sharing = sizes.heads / sizes.kv_heads;
+    const int64_t tiles = (longest * sharing + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
+    for (int64_t i = 0; i < sequences * sizes.kv_heads * tiles; i++) {
+        // The last tiles of a sequence see most keys: those first.
+        int64_t s = i / (sizes.kv_heads * tiles), kv_head = i / tiles % sizes.kv_heads;
+        int64_t first = (tiles - 1 - i % tiles) * LANES;
+        int64_t left = (starts[s + 1] - starts[s]) * sharing - first;
+        if (left > 0)
+            attend_tile(q, keys, values, tables + s * sizes.table_stride, out, starts[s], kv_head,
+                        first, left < LANES ? left : LANES, contexts[s], sizes);
+    }
+}
+
+template <typename T>
+void write_rows(const T *from, T *pool, const int64_t *rows, int64_t tokens, int64_t size,
+                int64_t stride) {
+    for (int64_t t = 0; t < tokens; t++) memcpy(pool + rows[t] * size, from + t * stride, size * sizeof(T));
+}
+
+}  // namespace
+
+// One name for each combination of types: the model's, and for the state the state's after it.
+
+#define MODEL(T)                                                                                   \
+    extern "C" void add_norm_##T(T *h, const T *delta, const T *weight, T *out, int64_t rows,      \
+                                 int64_t size, int64_t delta_stride, float eps, int threads) {     \
+        add_norm<T>(h, delta, weight, out, rows, size, delta_stride, eps, threads);                \
+    }                                                                                              \
+    extern "C" void gated_norm_##T(const T *y, const T *z, const T *weight, T *out, int64_t rows,  \
+                                   int64_t size, int64_t z_stride, int64_t group_size, float eps,  \
+                                   int threads) {                                                  \
+        gated_norm<T>(y, z, weight, out, rows, size, z_stride, group_size, eps, threads);          \
+    }                                                                                              \
+    extern "C" void conv_##T(const T *x, const T *weight, const T *bias, T *state,                 \
+                             const int64_t *slots, const int64_t *starts, const bool *is_new,      \
+                             T *out, int64_t sequences, int64_t channels, int64_t kernel,          \
+                             int64_t x_stride, int threads) {                                      \
+        conv<T>(x, weight, bias, state, slots, starts, is_new, out, sequences, channels,           \
+                int(kernel), x_stride, threads);                                                   \
+    }                                                                                              \
+    extern "C" void write_##T(const T *from, T *pool, const int64_t *rows, int64_t tokens,         \
+                              int64_t size, int64_t stride) {                                      \
+        write_rows<T>(from, pool, rows, tokens, size, stride);                                     \
+    }                                                                                              \
+    extern "C" void attend_##T(const T *q, const T *keys, const T *values, const int64_t *tables,  \
+                               const int64_t *contexts, const int64_t *starts, T *out,             \
+                               int64_t sequences, int64_t longest, int64_t heads,                  \
+                               int64_t kv_heads, int64_t size, int64_t q_stride,                   \
+                               int64_t table_stride, int64_t block_size, int threads) {            \
+        Attention sizes{heads, kv_heads, size, q_stride, table_stride, block_size};                \
+        attend<T>(q, keys, values, tables, contexts, starts, out, sequences, longest, sizes,       \
+                  threads);                                                                        \
+    }
+
+#define STATE(T, S)                                                                                \
+    extern "C" void ssm_##T##_##S(const T *x, const T *dt, const T *B, const T *C, const float *A, \
+                                  const T *dt_bias, const T *skip, S *state,                       \
+                                  const int64_t *slots, const int64_t *starts, const bool *is_new, \
+                                  T *out, int64_t sequences, int64_t heads, int64_t head_size,     \
+                                  int64_t groups, int64_t state_size, int64_t x_stride,            \
+                                  int64_t dt_stride, int64_t bc_stride, int threads) {             \
+        Sizes sizes{sequences, heads,    head_size, groups, state_size,                            \
+                    x_stride,  dt_stride, bc_stride};                                              \
+        if (starts)                                                                                \
+            scan<T, S>(x, dt, B, C, A, dt_bias, skip, state, slots, starts, is_new, out, sizes,    \
+                       threads);                                                                   \
+        else                                                                                       \
+            ssm_update<T, S>(x, dt, B, C, A, dt_bias, skip, state, slots, out, sizes, threads);    \
+    }
+
+MODEL(f32)
+MODEL(bf16)
+STATE(f32, f32)
+STATE(f32, bf16)
+STATE(bf16, f32)
+STATE(bf16, bf16)

@@ -1,0 +1,67 @@
+"""Faults that a text sets off, in workers that tests start: a row's prompt says what befalls the
+process when its engine runs it. A setup hook of Ray installs them; the package knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Hashable
+from typing import Any
+
+DIE = "What is 90+90+90?"
+"""The process ends, as after an illegal access of the GPU."""
+HANG = "What is 91+91+91?"
+"""The process stands still."""
+HOOK = "tests.integration.faults.install"
+RUNTIME_ENV: dict[str, Any] = {"worker_process_setup_hook": HOOK}
+
+
+def install() -> None:
+    """Prepare this process; the engine is touched only where a worker loads one."""
+    from batchrun.cluster.worker import Loaded, Worker
+
+    load = Worker.load
+
+    def load_with_faults(self: Worker) -> Loaded:
+        _arm()
+        return load(self)
+
+    Worker.load = load_with_faults  # type: ignore[method-assign]
+
+
+def _arm() -> None:
+    from batchrun.engine.engine import Engine
+    from batchrun.engine.model_runner import ModelRunner, NextToken
+    from batchrun.engine.request import Request
+    from batchrun.engine.scheduler import Step
+
+    faults: dict[Hashable, str] = {}
+    add, run = Engine.add, ModelRunner.run
+
+    def add_and_look(self: Engine, request: Request) -> None:
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(list(request.prompt_token_ids))
+        for fault in (DIE, HANG):
+            if fault in text:
+                faults[request.key] = fault
+        add(self, request)
+
+    def run_or_fail(self: ModelRunner, step: Step) -> list[NextToken]:
+        keys = [item.request.key for item in step.decodes]
+        keys += [chunk.sequence.request.key for chunk in step.prefills]
+        for key in keys:
+            match faults.get(key):
+                case fault if fault == DIE:
+                    os._exit(1)
+                case fault if fault == HANG:
+                    _stand_still()
+        return run(self, step)
+
+    Engine.add = add_and_look  # type: ignore[method-assign]
+    ModelRunner.run = run_or_fail  # type: ignore[method-assign]
+
+
+def _stand_still() -> None:
+    while True:
+        time.sleep(60)

@@ -1,0 +1,190 @@
+"""Runs submitted to a Ray cluster of a head and two GPU nodes, through its Jobs API."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Command, Work, sums
+
+_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+memory = 80 * 2**20
+dashboard, *agents = map(int, sys.argv[1:])  # an agent whose port is taken cannot run jobs
+head = dict(num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1",
+            dashboard_port=dashboard, dashboard_agent_listen_port=agents.pop(),
+            object_store_memory=memory)
+cluster = Cluster(initialize_head=True, head_node_args=head)
+for port in agents:
+    cluster.add_node(num_cpus=2, num_gpus=1, resources={"accelerator_type:A10G": 1},
+                     dashboard_agent_listen_port=port, object_store_memory=memory)
+print("up", flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+GPUS = {"accelerator_type": "A10G", "workers": 2}
+
+
+def _free_ports(count: int) -> list[int]:
+    """Such that Ray takes: it keeps 10002 to 19999 for its workers."""
+    with ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            probe = stack.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            if not 10002 <= port <= 19999:
+                ports.append(port)
+    return ports
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """The address of the cluster's dashboard."""
+    ports = _free_ports(4)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environ = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": path}
+    environ.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CLUSTER, *map(str, ports)],
+        env=environ,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert any(line == "up\n" for line in process.stdout), "the cluster did not start"
+        yield f"http://127.0.0.1:{ports[0]}"
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+Start = Callable[..., Command]
+
+
+def test_a_run_is_submitted_and_followed_to_its_end(
+    work: Work, batchrun: Start, dashboard: str
+) -> None:
+    """The id and the page come on stdout, what the run says on stderr, everything is done by
+    workers on the nodes with the GPUs that the job asks for, and the exit code is the run's: 3 for
+    a row that failed."""
+    work.write("a", [*sums(19), None])
+    work.write("b", sums(20, start=20))
+    job = work.job_file(resources=GPUS)
+    code, out, err = batchrun("submit", job, "--address", dashboard, "--wait").end(120)
+    assert 3 == code, err
+    job_id, url = out.splitlines()
+    assert f"{dashboard}/#/jobs/{job_id}" == url
+    assert "1 of 40 rows failed" in err
+    answered = {row["prompt"] for row in work.rows() if row["error"] is None}
+    assert set(sums(39)) == answered and 40 == len(work.rows())
+    code, out, _ = batchrun("list", "--address", dashboard, "--json").end()
+    (listed,) = [item for item in json.loads(out) if item["id"] == job_id]
+    assert (3, "failed", "out") == (listed["exit_code"], listed["state"], listed["name"])
+    assert str(work.folder / "out") == listed["output"]
+    assert listed["run_id"] in os.listdir(work.folder / "out/_batchrun")
+    code, out, _ = batchrun("logs", job_id, "--address", dashboard).end()
+    assert 0 == code and "1 of 40 rows failed" in out
+
+
+def test_an_invalid_job_is_refused_before_it_is_submitted(
+    work: Work, batchrun: Start, dashboard: str
+) -> None:
+    """What can be known beforehand is known here, not minutes later on the cluster."""
+    work.write("a", sums(3))
+    job = work.job_file(input={"prompt_column": "nothing"})
+    code, out, err = batchrun("submit", job, "--address", dashboard).end()
+    assert 2 == code and "" == out
+    assert "input.prompt_column" in err
+    _, out, _ = batchrun("list", "--address", dashboard, "--json").end()
+    assert str(work.folder / "out") not in [item["output"] for item in json.loads(out)]
+
+
+def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
+    work: Work, batchrun: Start, dashboard: str
+) -> None:
+    """`cancel` asks the run to drain first, so it ends by itself with exit code 75. While it runs,
+    Ray's dashboard and metrics say which run each actor works for and how far it is."""
+    for number in range(4):
+        work.write(f"{number}", sums(10, start=1 + 10 * number), max_tokens=[32] * 10)
+    work.write("long", sums(120, start=41), max_tokens=[3_900] * 120)  # until it is cancelled
+    job = work.job_file(
+        resources=GPUS, input={"overrides": ["max_tokens"]}, generation={"ignore_eos": True}
+    )
+    code, out, _ = batchrun("submit", job, "--address", dashboard, "--json").end()
+    submitted = json.loads(out)
+    assert 0 == code
+    follower = batchrun("logs", submitted["id"], "-f", "--address", dashboard)
+    follower.wait_until(lambda: len(work.parts()) >= 2)
+    deadline = time.monotonic() + 90
+    while not (series := _ray_series(dashboard, "ray_batchrun_rows_total", submitted["run_id"])):
+        assert time.monotonic() < deadline, "no series of the run on Ray's metrics"
+        time.sleep(1)
+    assert 'job="out"' in series[0] and 'status="' in series[0]
+    names = {actor["name"]: actor["repr_name"] for actor in _actors(dashboard)}
+    assert f"out {submitted['run_id'][:8]} worker 1-1" in names
+    assert f"batchrun(out {submitted['run_id'][:8]})" in names.values()
+
+    code, out, err = batchrun(
+        "cancel", submitted["id"], "--address", dashboard, "--grace", "60", "--json"
+    ).end(120)
+    cancelled = json.loads(out)
+    assert 0 == code, err
+    assert (True, 75) == (cancelled["drained"], cancelled["exit_code"])
+    assert "interrupted" in follower.end()[1]
+    done = set(work.parts())
+    assert 2 <= len(done) < 5
+    limits = ("--set", "errors.row_timeout_s=1", "--set", "errors.max_failed_rows=120")
+    code, _, err = batchrun("submit", job, *limits, "--address", dashboard, "--wait").end(120)
+    assert 0 == code, err
+    assert "resuming" in err
+    assert done < set(work.parts())
+    assert 160 == len({row["id"] for row in work.rows()}) == len(work.rows())
+
+
+def test_what_is_not_there_is_named(batchrun: Start, dashboard: str) -> None:
+    """An unknown id and a cluster that does not answer are exit code 2 with a hint."""
+    for command in ("logs", "cancel"):
+        code, out, err = batchrun(command, "no-such-run", "--address", dashboard).end()
+        assert 2 == code and "" == out
+        assert "'no-such-run'" in err and "batchrun list" in err
+    code, _, err = batchrun("list", "--address", "http://127.0.0.1:1").end()
+    assert 2 == code and "no Ray dashboard answers" in err and "hint:" in err
+
+
+def _actors(dashboard: str) -> list[dict[str, str]]:
+    with urllib.request.urlopen(f"{dashboard}/api/v0/actors?detail=1", timeout=10) as answer:
+        found: list[dict[str, str]] = json.load(answer)["data"]["result"]["result"]
+    return found
+
+
+def _ray_series(dashboard: str, name: str, run: str) -> list[str]:
+    """Lines of a series of a run, from all of Ray's metrics endpoints."""
+    with urllib.request.urlopen(f"{dashboard}/api/prometheus/sd", timeout=10) as answer:
+        targets = [target for group in json.load(answer) for target in group["targets"]]
+    found = []
+    for target in targets:
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+        except OSError:
+            continue  # Ray lists endpoints of processes that are still to start
+        found += [line for line in lines if line.startswith(name) and f'run="{run}"' in line]
+    return found
