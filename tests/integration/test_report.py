@@ -175,7 +175,7 @@ def test_a_plan_stands_beside_what_happened(ran: Work, tmp_path: Path) -> None:
     code, out, _ = call("report", ran.folder / "out", "--plan", path, "--format", "json")
     found = {item["what"]: item for item in json.loads(out)["foretold"]}
     assert 0 == code
-    assert {"prompt tokens", "tokens of a sample", "sequences in flight"} <= set(found)
+    assert {"prompt tokens", "tokens of a sample", "seconds", "worker hours", "cost"} <= set(found)
     assert counts.prompt_tokens == found["prompt tokens"]["actual"]
     assert found["prompt tokens"]["within"] and found["tokens of a sample"]["within"]
     assert found["seconds"]["within"] and not found["worker hours"]["within"]
