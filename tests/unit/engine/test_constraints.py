@@ -240,7 +240,7 @@ class Script:
 
     def __call__(self, batch: Any, state: object) -> torch.Tensor:
         logits = torch.full((len(batch.token_ids[batch.logit_rows]), self._vocab_size), -1.0)
-        if len(batch.logit_rows):
+        if len(logits):
             logits[:, self._wanted.pop(0) if self._wanted else 0] = 9.0
         return logits
 
