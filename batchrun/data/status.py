@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from batchrun.data.journal import read_journal
 from batchrun.data.kept import read_kept_parts
@@ -16,6 +17,15 @@ from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat
 from batchrun.errors import OutputError, OutputHeldError
 from batchrun.records import Counts, Shard
+
+
+class RunState(StrEnum):
+    """What can be said of a run in a word or two."""
+
+    LIVE = "live"
+    FINISHED = "finished"
+    FAILED = "finished with failures"
+    STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,17 @@ class RunStatus:
     kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def state(self) -> RunState:
+        """Whether it goes on, and if not, how it ended."""
+        if self.live:
+            return RunState.LIVE
+        if self.succeeded:
+            return RunState.FINISHED
+        if self.shards_done + len(self.failed_shards) == self.num_shards:
+            return RunState.FAILED
+        return RunState.STOPPED
+
+    @property
     def rows_left(self) -> int:
         """Rows that are neither done nor failed."""
         return max(0, self.total_rows - self.counts.rows)
@@ -55,7 +76,7 @@ def read_status(store: Store) -> RunStatus:
     run = require_run(store)
     directory = RunDirectory(store, run)
     shards = tuple(read_plan(store, run, InputColumns()).shards.values())
-    parts = directory.recorded(shards)
+    parts = directory.summarised(shards)
     progress = directory.read_progress()
     lock = read_lock(store)
     live = is_live(store)
