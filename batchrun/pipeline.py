@@ -64,6 +64,15 @@ from batchrun.records import (
 from batchrun.reports import FailedLease, FinishedLease, ReturnedLease, WorkReport
 from batchrun.rowrequests import RequestBuilder
 from batchrun.scores import Verdict
+from batchrun.worklog import (
+    FailureLog,
+    log_ended,
+    log_flush_failed,
+    log_flushed,
+    log_gone,
+    log_opened,
+    log_retried,
+)
 
 MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
@@ -129,6 +138,7 @@ class Pipeline:
         self._flight_is_late = False
         self._discarded_tokens = 0
         self._recorder = Recorder()
+        self._failures = FailureLog()
         self.draining = False
         """Set to give the leases at hand back and ask for no more."""
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -168,6 +178,7 @@ class Pipeline:
         """Drop a lease whose rows are safe by another's work. Does nothing when it has ended."""
         for item in [item for item in self._leases if item.lease.attempt == attempt]:
             self._drop(item)
+            log_gone(item.lease, "lease_cancelled", "its rows are safe, or not needed")
 
     def work(self, seconds: float) -> WorkReport:
         """Work for about so long, or until a lease has ended, or nothing is left to do; when
@@ -278,7 +289,7 @@ class Pipeline:
         left = _MAX_ROWS_A_TURN
         for item in list(self._leases):
             while not item.at_end:
-                if left <= 0 or not self._has_room(0) or not item.open(self._format):
+                if left <= 0 or not self._has_room(0) or not self._open(item):
                     break
                 try:
                     rows = self._read(item, min(left, BUILD_ROWS))
@@ -290,6 +301,14 @@ class Pipeline:
             if not item.at_end and item in self._leases:
                 break  # one lease after the other
         return failed
+
+    def _open(self, item: OpenLease) -> bool:
+        """Whether the lease's journal is there."""
+        if item.is_open:
+            return True
+        if item.open(self._format):
+            log_opened(item)
+        return item.is_open
 
     def _read(self, item: OpenLease, most: int) -> list[Row]:
         """The next rows of a lease, as many as there is room for."""
@@ -351,6 +370,7 @@ class Pipeline:
         failed = [self._scored(failed_sample(row, sample, error), row.answer) for sample in samples]
         for completion in failed:
             item.add(completion)
+        self._failures.add(item.lease, failed[0])
         item.count(self._format.count(in_order([*finished, *failed])))
 
     # -- the engine ----------------------------------------------------------------------------
@@ -386,6 +406,7 @@ class Pipeline:
             if num_retries < self._job.errors.max_retries:
                 open_row.num_retries[output.sample] = num_retries + 1
                 open_row.owner.forget(open_row.row.ordinal, output.sample)
+                log_retried(open_row.owner.lease, open_row.row.id, open_row.row.ordinal)
                 # Without what it took over: that may be what is wrong with it.
                 request = replace(open_row.missing[output.sample], generated=None)
                 open_row.missing[output.sample] = request
@@ -442,6 +463,9 @@ class Pipeline:
         self._recorder.add(TOKENS, completion.completion_tokens, kind="completion")
         self._recorder.add(BUDGET_HITS, int(completion.thinking_budget_hit))
         if open_row.is_done:
+            wrong = next((item for item in open_row.finished if item.error is not None), None)
+            if wrong is not None:
+                self._failures.add(owner.lease, wrong)
             owner.count(self._format.count(in_order(open_row.finished)))
             self._forget(open_row)
             seconds = self._clock() - open_row.added_at - (open_row.queued_s or 0.0)
@@ -485,6 +509,7 @@ class Pipeline:
     def _give_up(self, item: OpenLease, error: ShardError) -> FailedLease:
         """Drop a lease whose shard cannot be read, with all its rows."""
         self._drop(item)
+        log_gone(item.lease, "lease_failed", error.message)
         hint = f" ({error.hint})" if error.hint else ""
         return FailedLease(item.lease, error.message + hint)
 
@@ -556,8 +581,12 @@ class Pipeline:
 
     def _end_flush(self, item: OpenLease) -> None:
         started_at = item.end_flush()
-        if started_at is not None:
-            self._recorder.observe(CHECKPOINT_SECONDS, max(0.0, self._clock() - started_at))
+        if started_at is None:
+            log_flush_failed(item.lease)
+            return
+        seconds = max(0.0, self._clock() - started_at)
+        self._recorder.observe(CHECKPOINT_SECONDS, seconds)
+        log_flushed(item.lease, item.state.saved, seconds)
 
     def _end_publishing(
         self, item: OpenLease, done: list[FinishedLease], failed: list[FailedLease]
@@ -573,6 +602,7 @@ class Pipeline:
 
     def _end(self, item: OpenLease, finished: FinishedLease, done: list[FinishedLease]) -> None:
         done.append(finished)
+        log_ended(item.lease, finished.part)
         self._leases.remove(item)
         self._writers.pop(item.lease.attempt, None)
         item.close()
@@ -605,6 +635,8 @@ class Pipeline:
         for item in list(self._leases):
             state = item.state
             returned.append(ReturnedLease(item.lease.attempt, state.saved))
+            message = f"given back with {state.saved.rows} finished rows in the journal"
+            log_gone(item.lease, "lease_returned", message)
             self._discarded_tokens += item.unsaved_tokens
             if item.flushing is not None:
                 self._discarded_tokens += self._abort(item)
@@ -638,6 +670,7 @@ class Pipeline:
             discarded_tokens=self._discarded_tokens,
             unsaved_tokens=self._num_unsaved_tokens(),
             draining=self.draining,
+            failures=self._failures.take(),
             metrics=self._recorder.take(),
         )
 

@@ -26,6 +26,7 @@ def command(
     overrides: tuple[str, ...],
     address: str | None,
     deterministic: bool,
+    log_file: str | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -39,4 +40,4 @@ def command(
     source = read_job_file(job_path, overrides)
     job = parse_job(source)
     where = address or job.ray.address or os.environ.get("RAY_ADDRESS") or "auto"
-    return run_and_report(job, source, where, RunOptions(as_json, quiet, deterministic))
+    return run_and_report(job, source, where, RunOptions(as_json, quiet, deterministic, log_file))

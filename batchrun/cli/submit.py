@@ -44,6 +44,7 @@ def command(
     wait: bool,
     skip_checks: bool,
     deterministic: bool,
+    log_file: str | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -55,6 +56,10 @@ def command(
     Without an address Ray is started here, the job runs in the foreground with live progress, and
     Ray is stopped again. Ctrl-C stops it with exit code 75. In both cases the same command after
     whatever happened resumes the run: what is finished stays.
+
+    With --log-file what happens to workers, shards and rows is appended to a file, one JSON object
+    a line, to be searched for a shard or a row; on a cluster it is a file of the node that the run
+    is driven from, and - puts the lines where `batchrun logs` shows them.
     """
     from batchrun.job import parse_job
     from batchrun.jobfile import read_job_file
@@ -64,11 +69,14 @@ def command(
     where = address or job.ray.address or os.environ.get("RAY_ADDRESS")
     if where:
         run_id = "" if skip_checks else _checked(job, source)
-        return _submit(job, where, run_id, wait=wait, deterministic=deterministic, as_json=as_json)
+        flags = ["--deterministic"] if deterministic else []
+        flags += [] if log_file is None else ["--log-file", log_file]
+        return _submit(job, where, run_id, wait=wait, flags=flags, as_json=as_json)
     if wait or skip_checks:
         flag = "--wait" if wait else "--skip-checks"
         raise click.UsageError(f"{flag} is for a cluster: give --address")
-    return run_and_report(job, source, None, RunOptions(as_json, quiet, deterministic))
+    options = RunOptions(as_json, quiet, deterministic, log_file)
+    return run_and_report(job, source, None, options)
 
 
 def _checked(job: Job, source: JobSource) -> str:
@@ -79,12 +87,12 @@ def _checked(job: Job, source: JobSource) -> str:
 
 
 def _submit(
-    job: Job, address: str, run_id: str, *, wait: bool, deterministic: bool, as_json: bool
+    job: Job, address: str, run_id: str, *, wait: bool, flags: list[str], as_json: bool
 ) -> int:
     from batchrun.cluster.jobs import ClusterJobs
 
     jobs = ClusterJobs(address)
-    job_id = jobs.submit(job, run_id=run_id, deterministic=deterministic)
+    job_id = jobs.submit(job, run_id=run_id, flags=flags)
     if not as_json:
         click.echo(f"{job_id}\n{jobs.url(job_id)}")
     if not wait:

@@ -24,6 +24,7 @@ from batchrun.cluster.capacity import Capacity, WorkerShape, plan_shape
 from batchrun.cluster.chronicle import Chronicle
 from batchrun.cluster.opening import CheckedJob, check
 from batchrun.cluster.session import nodes_are_coming, ray_lives, ray_session, read_capacity
+from batchrun.cluster.story import Story
 from batchrun.cluster.summary import Summary
 from batchrun.cluster.tally import Progress, Tally
 from batchrun.cluster.worker import TraceSource, WorkerSettings
@@ -64,6 +65,7 @@ from batchrun.events import (
 )
 from batchrun.job import Job
 from batchrun.jobfile import JobSource
+from batchrun.logs import RepeatGate, log_context
 from batchrun.metrics import (
     ETA,
     LAST_PROGRESS,
@@ -79,6 +81,7 @@ from batchrun.metrics import (
     RunMetrics,
 )
 from batchrun.records import Counts
+from batchrun.wording import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,6 +95,7 @@ _SAVE_EVERY_S = 3.0
 _RECORD_EVERY_S = 10.0
 _GENERATED = ("reasoning", "completion")  # the kinds of tokens that a worker makes
 _DRAIN_S = 15.0
+_SAY_FAILURES_EVERY_S = 10.0
 _CHECK_ALIVE_EVERY_S = 1.0
 _SAY_PENDING_AFTER_S = 10.0
 _GIVE_UP_PENDING_AFTER_S = 60.0
@@ -172,6 +176,8 @@ def run_checked(
         if not cluster.is_local or cluster.is_choosy:
             cluster.connect()  # what it cannot give is known before anything is written
         lock = stack.enter_context(RunLock(checked.store, checked.run))
+        name = checked.job.name
+        stack.enter_context(log_context(run=checked.run, job=name, epoch=lock.epoch))
         driver = _Driver(checked, checked.open(), lock, started, view, stop or threading.Event())
         stack.callback(driver.close)
         return driver.run(cluster, deterministic, source)
@@ -299,6 +305,8 @@ class _Driver:
             num_samples=job.generation.n,
             limits=_limits(job),
         )
+        self._story = Story(self._state.shards)
+        self._failures_shown = RepeatGate(_SAY_FAILURES_EVERY_S)
         self._sweeper = JournalSweeper(checked.store, checked.run)
         self._tally = Tally(opened.total_rows, len(opened.shards), opened.parts)
         self._metrics = RunMetrics(job.name, checked.run)
@@ -315,6 +323,8 @@ class _Driver:
 
     def run(self, cluster: Cluster, deterministic: bool, source: TraceSource | None) -> Summary:
         """Work until the coordinator ends the run."""
+        opened = self._opened
+        self._story.begin(opened.total_rows, opened.parts, __version__, socket.gethostname())
         if self._opened.parts and not self._stop.is_set():
             done, total = self._tally.done().rows, self._tally.total_rows
             self._view.say(f"resuming: {done:,} of {total:,} rows are done already")
@@ -391,10 +401,12 @@ class _Driver:
             self._show(now)
 
     def _handle(self, event: Event) -> None:
+        self._story.tell(event)
         self._do(self._state.handle(event))
 
     def _do(self, commands: list[Command]) -> None:
         for command in commands:
+            self._story.order(command)
             match command:
                 case StartWorker(worker):
                     self._the_fleet.start(worker)
@@ -452,6 +464,7 @@ class _Driver:
         if strike is not None:
             # Before anything is decided: what is known of rows that kill outlives this driver.
             write_strike(self._checked.store, self._checked.run, self._lock.epoch, strike)
+            self._story.strike(strike)
         self._handle(event)
 
     def _take_report(self, news: WorkerReported) -> None:
@@ -459,6 +472,8 @@ class _Driver:
         self._metrics.merge(worker, report.metrics)
         self._spent(worker, "starved", news.starved_s)
         self._tally.report(worker, report)
+        self._story.report(worker, report)
+        self._say_failures(report)
         self._handle(TokensSpent(worker, report.prompt_tokens + report.sampled_tokens))
         if report.draining:
             self._handle(WorkerDraining(worker))
@@ -470,6 +485,15 @@ class _Driver:
             self._handle(WorkerLost(worker, LossCause.NODE, "drained", node_lived=False))
         else:
             self._handle(LeasesWanted(worker, report.num_wanted))
+
+    def _say_failures(self, report: WorkReport) -> None:
+        """Rows that failed, as it happens: of each kind one by name every few seconds."""
+        for failures in report.failures:
+            kind = failures.kind.value
+            num_rows = self._failures_shown.admit(kind, failures.num_rows)
+            if num_rows:
+                more = f", and {num_rows - 1:,} more rows" if num_rows > 1 else ""
+                self._view.say(f"row {quoted(failures.row_id)} failed: {kind}{more}")
 
     def _events(self, worker: str, report: WorkReport) -> Iterator[Event]:
         """The ends of leases in a report, counted."""
@@ -505,6 +529,7 @@ class _Driver:
             progress = replace(progress, note="waiting for the first worker to load its model")
         self._count(progress)
         self._view(progress)
+        self._story.show(progress)
         if now - self._saved_at >= _SAVE_EVERY_S:
             self._saved_at = now
             self._observe(now, progress)
@@ -585,10 +610,18 @@ class _Driver:
             for news in self._fleet.finish(_DRAIN_S):
                 self._metrics.merge(news.worker, news.report.metrics)
                 self._tally.report(news.worker, news.report)
+                self._story.report(news.worker, news.report)
+                self._say_failures(news.report)
                 for event in self._events(news.worker, news.report):
-                    for command in self._state.handle(event):
-                        self._conclude(command)
-        for command in self._state.handle(StopRequested(message)):
+                    self._stop_with(event)
+        self._stop_with(StopRequested(message))
+
+    def _stop_with(self, event: Event) -> None:
+        """Take in a fact while the run is being stopped."""
+        self._story.tell(event)
+        for command in self._state.handle(event):
+            if isinstance(command, FailShard | FinishRun):
+                self._story.order(command)
             self._conclude(command)
 
     def _end(self) -> Summary:

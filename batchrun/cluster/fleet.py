@@ -134,12 +134,13 @@ class Fleet:
 
     def start(self, worker: str) -> None:
         """Ask the cluster for a worker; news of it comes when it has loaded its model."""
+        settings = replace(self._settings, worker=worker)
         if self._spares:
             actor = self._spares.pop()
-            call = actor.take_on.remote(self._settings)
+            call = actor.take_on.remote(settings)
         else:
             name = f"{self._settings.job.name} {self._settings.run[:8]} worker {worker}"
-            actor = self._actor.options(**self._options, name=name).remote(self._settings)
+            actor = self._actor.options(**self._options, name=name).remote(settings)
             call = actor.load.remote()
         now = self._clock()
         self._members[worker] = _Member(actor, asked_at=now, call=call, called_at=now)

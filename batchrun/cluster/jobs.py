@@ -16,7 +16,7 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -108,13 +108,13 @@ class ClusterJobs:
         """Where a person looks at one job."""
         return f"{self.dashboard_url}/#/jobs/{job_id}"
 
-    def submit(self, job: Job, *, run_id: str = "", deterministic: bool = False) -> str:
-        """Start ``batchrun run`` for ``job`` on the cluster; the id of the job.
+    def submit(self, job: Job, *, run_id: str = "", flags: Sequence[str] = ()) -> str:
+        """Start ``batchrun run`` for ``job`` on the cluster, with these further options; the id of
+        the job.
 
         Raises JobError where ``ray.runtime_env`` has keys that the shipping needs itself.
         """
         job_id = f"{_slug(job.name)}-{(run_id or secrets.token_hex(4))[:8]}-{secrets.token_hex(3)}"
-        flags = ["--deterministic"] if deterministic else []
         command = ["python", "-m", "batchrun", "run", _JOB_FILE, "--address", "auto", *flags]
         with tempfile.TemporaryDirectory(prefix="batchrun-") as folder:
             (Path(folder) / _JOB_FILE).write_text(shipped_job(job), encoding="utf-8")
@@ -255,6 +255,7 @@ def _metadata(job: Job, run_id: str) -> dict[str, str]:
     masked = job.redacted()["output"]
     assert isinstance(masked, dict)
     return {
+        "job_name": job.name,  # what Ray's page of jobs shows as their names
         f"{_KEY}job": job.name,
         f"{_KEY}run": run_id,
         f"{_KEY}output": _absolute(job.output.path),

@@ -21,6 +21,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"cluster"}),
     frozenset({"pipeline", "preflight", "llm", "bench", "reportpage"}),
+    frozenset({"worklog"}),
     frozenset({"report"}),
     frozenset({"leases", "rowrequests", "completions"}),
     frozenset({"reports"}),
