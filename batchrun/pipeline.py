@@ -43,6 +43,7 @@ from batchrun.metrics import (
     CHECKPOINT_SECONDS,
     KV_PAGES_TOTAL,
     KV_PAGES_USED,
+    ROOFLINE,
     ROW_SECONDS,
     ROWS_IN_FLIGHT,
     SLOTS_TOTAL,
@@ -86,6 +87,7 @@ _LOOKAHEAD = 16  # the same, as long as what waits is small: the order is better
 _MAX_WAITING_TOKENS = 1 << 18  # about 10 MiB, with the texts
 _MAX_HELD_BYTES = 64 << 20  # carried columns of rows that are not written yet
 _MAX_ROWS_A_TURN = 256  # rows read between two engine steps: a call stays short on bad rows
+_ROOFLINE_S = 5.0  # of steps: what a ratio is taken over
 _SCORES_S = 2.0  # for scores that are on their way when the work has to stop
 
 _RowKey = tuple[str, int]  # attempt, ordinal
@@ -127,6 +129,7 @@ class Pipeline:
         self._journals = journals
         self._flight = flight
         self._before = engine.stats()
+        self._gauged = self._before
         self._schema = schema
         self._format = part_format
         self._clock = clock
@@ -690,4 +693,10 @@ class Pipeline:
         self._recorder.set(SLOTS_TOTAL, stats.slots_total)
         self._recorder.set(KV_PAGES_USED, stats.blocks_used)
         self._recorder.set(KV_PAGES_TOTAL, stats.blocks_total)
+        if stats.least_seconds is not None:
+            seconds = stats.step_seconds - self._gauged.step_seconds
+            if seconds >= _ROOFLINE_S:
+                least = stats.least_seconds - (self._gauged.least_seconds or 0.0)
+                self._recorder.set(ROOFLINE, least / seconds)
+                self._gauged = stats
         traffic().record(self._recorder)

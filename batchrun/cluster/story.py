@@ -162,8 +162,7 @@ class Story:
             if given is None:
                 continue
             if state.known.rows and not given.is_resumed:
-                given.is_resumed = True
-                self._say_known(given, state.known)
+                self._say_known(given, state.known.rows, _generated(state.known))
             if state.saved.rows > given.saved_rows:
                 given.saved_rows = state.saved.rows
                 log_event(
@@ -174,6 +173,12 @@ class Story:
                     rows=state.saved.rows,
                     tokens=_generated(state.saved),
                 )
+        for done in report.done:  # so quickly that no report had it running
+            given = self._given.get(done.lease.attempt)
+            num_rows = done.counts.rows - done.fresh.rows
+            if given is not None and num_rows > 0 and not given.is_resumed:
+                num_tokens = _generated(done.counts) - _generated(done.fresh)
+                self._say_known(given, num_rows, num_tokens)
         for failures in report.failures:
             self.fail_rows(worker, failures)
 
@@ -255,14 +260,15 @@ class Story:
             tokens=_generated(counts),
         )
 
-    def _say_known(self, given: _Given, known: Counts) -> None:
+    def _say_known(self, given: _Given, num_rows: int, num_tokens: int) -> None:
+        given.is_resumed = True
         log_event(
             "lease_resumed",
             "finished rows were in the journal",
             worker=given.worker,
             place=_place(given.lease),
-            rows=known.rows,
-            tokens=_generated(known),
+            rows=num_rows,
+            tokens=num_tokens,
         )
 
     def _close(
