@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from batchrun import __version__
 from batchrun.charts import Series, bar_chart, line_chart, share_bar
 from batchrun.data.facts import Distribution
 from batchrun.data.history import History
+from batchrun.foretold import Foretold
 from batchrun.records import ErrorKind
 from batchrun.report import STATES, Report
 
@@ -37,8 +38,8 @@ _MEANINGS = {
 }
 
 
-def report_page(report: Report) -> str:
-    """The page."""
+def report_page(report: Report, foretold: Sequence[Foretold] = ()) -> str:
+    """The page; ``foretold`` is what a plan said before the run."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "pages"),
         autoescape=True,
@@ -46,7 +47,12 @@ def report_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "duration": _duration, "money": _money}
+    environment.filters |= {
+        "number": _number,
+        "figure": _figure,
+        "duration": _duration,
+        "money": _money,
+    }
     kind, sentence = report.verdict
     seconds = {state: spent for state, spent in report.seconds.items() if spent > 0}
     whole = sum(seconds.values()) or 1.0
@@ -55,6 +61,7 @@ def report_page(report: Report) -> str:
         status=report.status,
         counts=report.status.counts,
         facts=report.facts,
+        foretold=foretold,
         verdict=kind,
         sentence=sentence,
         throughput=_charts(_throughput, report),
@@ -130,6 +137,11 @@ def _when(seconds: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}"
+
+
+def _figure(value: float) -> str:
+    """As many digits as a person reads."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _money(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -32,24 +33,36 @@ from batchrun.errors import BatchrunError
     help="Where the page goes; `-` is stdout. Default: batchrun-report-NAME.html.",
 )
 @click.option("--no-samples", is_flag=True, help="Leave out ids and everything that rows say.")
+@click.option(
+    "--plan",
+    "plan_path",
+    metavar="FILE",
+    help="What `batchrun plan --json` said before the run, to stand beside what happened.",
+)
 @debug_option
-def command(where: str, form: str, target: str | None, no_samples: bool) -> int:
+def command(
+    where: str, form: str, target: str | None, no_samples: bool, plan_path: str | None
+) -> int:
     """Tell what a run did: one HTML page that opens without a network.
 
     The verdict first, then what failed, throughput over time, where the workers' time went,
     tokens, waste and the resolved job. Reads the output's storage alone: during the run, after
     it, from any machine.
     """
+    from batchrun.foretold import compare, read_plan_document
     from batchrun.report import read_report
 
+    plan = None if plan_path is None else read_plan_document(plan_path)
     store = open_output(where)
     report = read_report(store, texts=not no_samples)
+    foretold = () if plan is None else compare(plan, report)
     if form == "json":
-        echo_json(report.to_json())
+        figures = [{**asdict(item), "within": item.is_within} for item in foretold]
+        echo_json({**report.to_json(), "foretold": figures})
         return 0
     from batchrun.reportpage import report_page
 
-    page = report_page(report)
+    page = report_page(report, foretold)
     if target == "-":
         click.echo(page)
         return 0

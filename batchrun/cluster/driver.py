@@ -445,7 +445,9 @@ class _Driver:
                 self._spent(worker, "compile", loaded.compile_s)
                 self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
                 self._chronicle.begin(worker, loaded.host, loaded.device)
-                self._handle(WorkerReady(worker, loaded.max_sequences, loaded.device, waited_s))
+                self._handle(
+                    WorkerReady(worker, loaded.max_sequences, loaded.device, loaded.load_s)
+                )
             case WorkerReported():
                 self._take_report(news)
             case WorkerGone():

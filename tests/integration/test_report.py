@@ -146,3 +146,47 @@ def test_a_page_that_cannot_be_written_says_so(ran: Work, tmp_path: Path) -> Non
     """The place is named, with what to do."""
     code, _, err = call("report", ran.folder / "out", "-o", tmp_path / "missing" / "x.html")
     assert 1 == code and "cannot be written" in err and "-o" in err
+
+
+def test_a_plan_stands_beside_what_happened(ran: Work, tmp_path: Path) -> None:
+    """What was foretold, with its range, next to what it was: prompt tokens, output tokens, time
+    and money."""
+    report = read_report(Store.open(str(ran.folder / "out")))
+    counts = report.status.counts
+    spread = {"low": 1.0, "expected": 2.0, "high": 3.0}
+    plan = {
+        "format": "batchrun-plan",
+        "version": 1,
+        "prompts": {"total": {"value": counts.prompt_tokens * 1.01, "error": 200.0}},
+        "output": {"samples_per_row": 1, "tokens_per_sample": {**spread, "high": 100.0}},
+        "done_rows": 0,
+        "sequences_in_flight": 4096,
+        "durations": [
+            {
+                "workers": 1,
+                "seconds": {**spread, "high": 3600.0},
+                "worker_hours": {"low": 100.0, "expected": 200.0, "high": 300.0},
+                "cost": {"low": 0.0, "expected": 1.0, "high": 1e9},
+            }
+        ],
+    }
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    code, out, _ = call("report", ran.folder / "out", "--plan", path, "--format", "json")
+    found = {item["what"]: item for item in json.loads(out)["foretold"]}
+    assert 0 == code
+    assert {"prompt tokens", "tokens of a sample", "seconds", "worker hours", "cost"} <= set(found)
+    assert counts.prompt_tokens == found["prompt tokens"]["actual"]
+    assert found["prompt tokens"]["within"] and found["tokens of a sample"]["within"]
+    assert found["seconds"]["within"] and not found["worker hours"]["within"]
+    _, page, _ = call("report", ran.folder / "out", "--plan", path, "-o", "-")
+    assert "as foretold" in page and "outside" in page
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": "batchrun-plan", "version": 99}'])
+def test_what_is_no_plan_is_named(ran: Work, tmp_path: Path, text: str) -> None:
+    """Another document in a plan's place is an error that says how to make one."""
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    code, _, err = call("report", ran.folder / "out", "--plan", path)
+    assert 1 == code and "is no plan" in err and "batchrun plan JOB.yaml --json" in err

@@ -22,6 +22,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"cluster"}),
     frozenset({"pipeline", "preflight", "llm", "bench", "reportpage"}),
     frozenset({"worklog"}),
+    frozenset({"foretold"}),
     frozenset({"report"}),
     frozenset({"leases", "rowrequests", "completions"}),
     frozenset({"reports"}),

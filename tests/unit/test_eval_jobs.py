@@ -24,6 +24,7 @@ from batchrun.pipeline import Pipeline
 from batchrun.preflight import check_job
 from batchrun.prompts import PromptBuilder, input_columns
 from batchrun.records import Lease, Part, Row
+from batchrun.rows import Rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "jobs" / "eval"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -198,7 +199,7 @@ def run(job: Job, engine: Engine, folder: Path) -> pa.Table:
         tool_calls=job.has_tools,
     )
     pipeline = Pipeline(job, engine, publish, schema, part_format)
-    pipeline.start(Lease(shard, 1, "attempt"))
+    pipeline.start(Lease(shard, 1, "attempt", Rows.all(shard.num_rows)))
     while not pipeline.work(0.5).idle:
         pass
     pipeline.close()
