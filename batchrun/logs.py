@@ -143,6 +143,7 @@ class _Repeats(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.gate = RepeatGate()
+        self.places: dict[str, dict[str, str | int]] = {}  # the context of those held back
 
     def filter(self, record: logging.LogRecord) -> bool:
         story = getattr(record, "story", None)
@@ -156,6 +157,7 @@ class _Repeats(logging.Filter):
             return True
         occurrences = self.gate.admit(kind, count)
         record.__dict__["occurrences"] = occurrences
+        self.places[kind] = dict(_context.get())
         return occurrences > 0
 
 
@@ -253,7 +255,8 @@ def _say_held(logger: logging.Logger) -> None:
             if isinstance(repeats, _Repeats):
                 for kind, count in repeats.gate.held().items():
                     message = f"{count} more of: {kind}"
-                    log_event("repeated", message, level=logging.WARNING, occurrences=count)
+                    place = {**repeats.places[kind], "occurrences": count}
+                    log_event("repeated", message, level=logging.WARNING, place=place)
 
 
 def _end_handlers(logger: logging.Logger) -> None:

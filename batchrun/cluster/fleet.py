@@ -8,6 +8,7 @@ Restarts are the coordinator's business: Ray restarts nothing here.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -94,6 +95,13 @@ class _Member:
             and not self.draining
             and self.gone is None
         )
+
+
+def _exit_detail(text: str) -> str:
+    """What Ray says of an actor's death, without its ids and its list of common causes."""
+    text = " ".join(text.split())
+    found = re.search(r"Worker exit detail: (.+?)(?: Some common causes|$)", text)
+    return (text if found is None else found[1])[:300]
 
 
 def end_actor(actor: Any) -> None:
@@ -300,7 +308,7 @@ class Fleet:
         lived = not member.draining and self._node_lives(member, text)
         loading = member.loaded is None
         kind = LossCause.NODE if not lived else LossCause.LOAD if loading else LossCause.CRASH
-        message = f"the worker's process died: {text}"
+        message = f"the worker's process died: {_exit_detail(str(error))}"
         return self._give_up(WorkerGone(worker, kind, message, node_lived=lived))
 
     def _give_up(self, gone: WorkerGone) -> WorkerGone | None:

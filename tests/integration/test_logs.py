@@ -79,7 +79,7 @@ def test_a_log_tells_the_story_of_every_shard(
 
     failed = [line for line in lines if line["event"] == "row_failed"]
     assert "invalid_prompt" == failed[0]["kind"] and "broken" in failed[0]["shard"]
-    assert 2 == sum(line["rows"] for line in failed)
+    assert failed[0]["rows"] == 2 and failed[0]["row"] == "b\x1b[31m0\n"
     text = log.read_text()
     own = worker_logs(Path(ray._private.worker._global_node.get_session_dir_path()))
     story = [line for line in own.splitlines() if f'"run": "{lines[0]["run"]}"' in line]
