@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.errors import BatchrunError
+from batchrun.planner.plan import FORMAT, FORMAT_VERSION
 from batchrun.report import Report
-
-FORMAT, FORMAT_VERSION = "batchrun-plan", 1
 
 
 @dataclass(frozen=True, slots=True)

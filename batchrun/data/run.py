@@ -327,7 +327,7 @@ def check_output(
     run = run_id(semantic)
     other = find_run(store)
     if other is not None and other != run and not keep_finished:
-        changed = _differences(_read_semantic(store, other), semantic)
+        changed = _differences(read_semantic(store, other), semantic)
         raise OutputError(
             f"output: {store.url} holds the run of another job; what changed: "
             + ("; ".join(changed[:12]) or "unknown"),
@@ -487,12 +487,13 @@ def _refuse_strangers(directory: RunDirectory, shards: Sequence[Shard]) -> None:
 
 def samples_per_row(store: Store, run: str) -> int:
     """How many samples a row of the run has, as its job says."""
-    generation = _read_semantic(store, run).get("generation")
+    generation = read_semantic(store, run).get("generation")
     found = generation.get("n") if isinstance(generation, dict) else None
     return found if isinstance(found, int) else 1
 
 
-def _read_semantic(store: Store, run: str) -> Mapping[str, object]:
+def read_semantic(store: Store, run: str) -> Mapping[str, object]:
+    """What determines the content of a run, as it was recorded; empty where that is damaged."""
     data = store.read(f"{run_folder(run)}/job.json")
     try:
         semantic = json.loads(data or b"{}").get("semantic", {})
