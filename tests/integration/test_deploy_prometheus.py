@@ -37,8 +37,6 @@ MAY_BE_EMPTY = {
     "Traces that were cut",
     "Prompt tokens not computed again",
     "Share of the device's bound",  # of the embedded model it says nothing
-    "Time of a write to the journal",  # the run ends before the first
-    "Requests to storage",  # the output is a folder
 }
 
 
