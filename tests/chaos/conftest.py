@@ -291,7 +291,9 @@ def busy_workers(above: int | None = None) -> list[int]:
     return sorted(found)
 
 
-def wait_for(condition: Callable[[], object], ended: threading.Event, every_s: float = 0.05) -> bool:
+def wait_for(
+    condition: Callable[[], object], ended: threading.Event, every_s: float = 0.05
+) -> bool:
     """Wait until something holds; False when the run ended before."""
     while not condition():
         if ended.wait(every_s):

@@ -85,9 +85,7 @@ def _arm_puts(rules: Sequence[Mapping[str, Any]], folder: Path) -> None:
         put: Callable[..., bool] = store.put_if_absent
 
         def put_with_faults(self: Any, path: str, *arguments: Any, **named: Any) -> bool:
-            hit = [
-                (number, rule) for number, rule in enumerate(rules) if re.search(rule["match"], path)
-            ]
+            hit = [item for item in enumerate(rules) if re.search(item[1]["match"], path)]
             for number, rule in hit:
                 if rule["when"] == "before" and claim(folder, f"put-{number}", rule["times"]):
                     _befall(rule["do"])

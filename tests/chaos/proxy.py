@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -186,15 +186,11 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
 
         def handle(self) -> None:
             # A connection that we reset, or that the client left, is nothing to print.
-            try:
+            with suppress(OSError, ValueError):
                 super().handle()
-            except (OSError, ValueError):
-                pass
 
         def finish(self) -> None:
-            try:
+            with suppress(OSError, ValueError):
                 super().finish()
-            except (OSError, ValueError):
-                pass
 
     return Handler

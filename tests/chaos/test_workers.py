@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
@@ -27,6 +26,7 @@ from tests.chaos.conftest import (
     meanwhile,
     wait_for,
 )
+from tests.chaos.zombie import is_stopped, zombie_process
 from tests.integration.conftest import sums
 
 Make = Callable[[Sequence[Sequence[str]]], tuple[Field, Rows]]
@@ -164,7 +164,9 @@ def test_poison(own_field: Make) -> None:
     """They are found by running suspects alone, within few deaths, and are the only ones lost."""
     first, second = f"{POISON} 1", f"{POISON} 2"
     neighbours = [f"neighbour {number}" for number in range(14)]
-    field, expected = own_field([[*neighbours[:5], first, *neighbours[5:9], second], neighbours[9:]])
+    field, expected = own_field(
+        [[*neighbours[:5], first, *neighbours[5:9], second], neighbours[9:]]
+    )
     field.plan("poison", prompts=[{"text": POISON, "do": "die", "times": None}])
     summary = field.run("poison", errors={"max_failed_rows": 2, "max_retries": 1})
     assert (summary.exit_code, summary.failed_rows) == (0, 2)
@@ -203,13 +205,11 @@ def test_a_zombie(field: Field, expected: Rows) -> None:
 
     The zombie is a worker that no Ray watches over, so nobody ends it.
     """
-    from tests.chaos.zombie import zombie_process
-
     field.plan("zombie", puts=[{"match": r"^part-", "when": "before", "do": "stop", "times": 1}])
     raw = field.raw("zombie")
     with zombie_process(raw) as zombie:
         deadline = time.monotonic() + 60
-        while not _is_stopped(zombie.pid):
+        while not is_stopped(zombie.pid):
             assert zombie.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         field.fault()
@@ -230,13 +230,6 @@ def test_a_zombie(field: Field, expected: Rows) -> None:
 def summary_epoch(field: Field, run: str) -> int:
     """The epoch of the latest driver."""
     return len(field.store("zombie").list(f"_batchrun/{run}/epochs"))
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
 
 
 @pytest.mark.fault(35, "journal objects torn and flipped between two submits")
@@ -269,9 +262,8 @@ def test_a_torn_journal(field: Field, expected: Rows) -> None:
     field.plan("torn", engine={"step_s": 0.0})
     summary = field.run("torn")
     assert summary.exit_code == 0 and summary.journaled_rows == 0
-    published = sum(1 for _ in range(first.counts.rows))
     # Rows that no journal has any more are generated again, with everything that was sampled.
-    most = (len(expected) - published - left) * TOKENS
+    most = (len(expected) - first.counts.rows - left) * TOKENS
     assert summary.sampled_tokens <= most
     field.check("torn", expected, losses=SEQUENCES)
 

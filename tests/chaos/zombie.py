@@ -43,6 +43,14 @@ def zombie_process(raw: Mapping[str, object]) -> Iterator[subprocess.Popen[str]]
             process.communicate()
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still after SIGSTOP."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 def main() -> int:
     """Be the worker; release the run's lock before the work, as a lost driver's would be."""
     install()
