@@ -60,7 +60,8 @@ class Ledger:
     @staticmethod
     def read(folder: Path) -> list[tuple[int, float]]:
         """Of each process: tokens sampled, and the time of the first."""
-        return [_RECORD.unpack(path.read_bytes()) for path in sorted(folder.glob("*"))]
+        found = [path.read_bytes() for path in sorted(folder.glob("*"))]
+        return [_RECORD.unpack(data) for data in found if len(data) == _RECORD.size]
 
 
 @dataclass(slots=True, eq=False)
