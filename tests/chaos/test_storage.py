@@ -118,6 +118,7 @@ def test_a_storm(behind: Field, proxy: Proxy, expected: Rows) -> None:
     behind.check("throttled", expected, losses=0)
 
 
+@pytest.mark.chaos
 @pytest.mark.fault(28, "credentials expire in the middle of a run")
 def test_expired_credentials(behind: Field, proxy: Proxy, expected: Rows) -> None:
     """The run ends with exit code 75, and with others the next submit goes on."""

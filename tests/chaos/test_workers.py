@@ -65,6 +65,7 @@ def test_killed_before_publishing(field: Field, expected: Rows) -> None:
     field.check("before", expected, losses=1)
 
 
+@pytest.mark.chaos
 @pytest.mark.fault(3, "worker killed after its part stands, before it says so")
 def test_killed_after_publishing(field: Field, expected: Rows) -> None:
     """The part is found, and nobody generates it again."""
