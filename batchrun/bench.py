@@ -20,6 +20,7 @@ from batchrun.engine.params import SamplingParams
 from batchrun.engine.rates import DeviceRates, measure_rates
 from batchrun.engine.request import Request
 from batchrun.engine.roofline import Work, decode_work, prefill_work
+from batchrun.engine.threads import torch_threads
 from batchrun.errors import RequestError
 from batchrun.model.config import ModelConfig
 from batchrun.model.sizes import Precision, count_weights
@@ -163,25 +164,27 @@ def run_bench(
             "measure with shorter prompts or fewer steps",
         )
     progress("loaded")
-    machine = describe_device(options.torch_device)
-    fitting = [batch for batch in runs if batch <= engine.max_sequences]
-    rates = DeviceRates(0.0, {})
-    timings = []
-    for batch in fitting:
-        rows = min(budget, batch * workload.prompt_tokens)
-        load = CpuLoad()
-        for is_after in (False, True):
-            if is_after:
-                timings.append(_time(engine, workload, batch, rows, load))
-            measured = measure_rates(
-                engine.config,
-                options.torch_dtype,
-                options.torch_device,
-                sorted({batch, rows}),
-                seconds=rate_seconds,
-            )
-            rates = rates.fastest(measured)
-        progress(f"measured batch {batch}")
+    options = engine.options
+    with torch_threads(engine.num_threads):
+        machine = describe_device(options.torch_device)
+        fitting = [batch for batch in runs if batch <= engine.max_sequences]
+        rates = DeviceRates(0.0, {})
+        timings = []
+        for batch in fitting:
+            rows = min(budget, batch * workload.prompt_tokens)
+            load = CpuLoad()
+            for is_after in (False, True):
+                if is_after:
+                    timings.append(_time(engine, workload, batch, rows, load))
+                measured = measure_rates(
+                    engine.config,
+                    options.torch_dtype,
+                    options.torch_device,
+                    sorted({batch, rows}),
+                    seconds=rate_seconds,
+                )
+                rates = rates.fastest(measured)
+            progress(f"measured batch {batch}")
     return Report(
         accelerator=machine.name,
         device=options.torch_device.type,

@@ -315,6 +315,18 @@ class RunMetrics(Collector):
             numbers = self._numbers[series.name].items()
             return sum(number for place, number in numbers if place[0] == values)
 
+    def by_worker(
+        self, *wanted: Series
+    ) -> Iterator[tuple[str, dict[str, dict[LabelValues, float]]]]:
+        """For each worker that counted one of these series: the numbers by series and labels."""
+        found: dict[str, dict[str, dict[LabelValues, float]]] = {}
+        with self._lock:
+            for series in wanted:
+                for (values, worker), number in self._numbers[series.name].items():
+                    numbers = found.setdefault(worker, {item.name: {} for item in wanted})
+                    numbers[series.name][values] = number
+        return iter(found.items())
+
     def collect(self) -> Iterator[Metric]:
         """The families of all series, for ``prometheus_client``."""
         with self._lock:

@@ -215,6 +215,7 @@ class Pipeline:
             self._engine.abort(key)
         self._rows.clear()
         self._in_slot.clear()
+        self._tell_flight()
         if self._engine.on_admit == self._on_admit:
             self._engine.on_admit = None
         for executor in (self._publisher, self._opener, self._scorer):
@@ -235,7 +236,7 @@ class Pipeline:
     def _can_read(self) -> bool:
         """Whether there are rows left that can be read now."""
         left = next((item for item in self._leases if not item.at_end), None)
-        return left is not None and left.opening.done()
+        return left is not None and left.opening.done() and left.reader.coming is None
 
     @property
     def _can_go_on(self) -> bool:
@@ -285,6 +286,8 @@ class Pipeline:
                 except ShardError as error:
                     failed.append(self._give_up(item, error))
                     break
+                if not rows and not item.at_end:
+                    break  # they are on their way; the engine does not wait for them
                 left -= len(rows)
                 self._build(item, rows)
             if not item.at_end and item in self._leases:
@@ -292,9 +295,9 @@ class Pipeline:
         return failed
 
     def _read(self, item: OpenLease, most: int) -> list[Row]:
-        """The next rows of a lease, as many as there is room for."""
+        """The next rows of a lease, as many as are there and as there is room for."""
         rows: list[Row] = []
-        while len(rows) < most and self._has_room(len(rows)):
+        while len(rows) < most and item.reader.coming is None and self._has_room(len(rows)):
             row = next(item.reader, None)
             if row is None:
                 item.at_end = True
@@ -541,8 +544,10 @@ class Pipeline:
         waiting: list[Future[Any]] = []
         for item in self._leases:
             waiting += [f for f in (item.publishing, item.flushing) if f is not None]
-            if not item.opening.done():
-                waiting.append(item.opening)
+        left = next((item for item in self._leases if not item.at_end), None)
+        if left is not None:
+            coming = left.reader.coming if left.opening.done() else left.opening
+            waiting += [] if coming is None else [coming]
         if waiting:
             wait(waiting, timeout=timeout_s, return_when=FIRST_COMPLETED)
         for item in list(self._leases):

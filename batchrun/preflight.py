@@ -7,7 +7,7 @@ nothing behind. Finds every problem rather than the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,6 @@ from batchrun.data.schema import InputColumns, InputSchema
 from batchrun.data.store import Store
 from batchrun.data.types import answer_kind
 from batchrun.engine.chat import ChatTemplate, PromptError
-from batchrun.engine.constraints import Constraints
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.errors import (
     BatchrunError,
@@ -39,6 +38,11 @@ from batchrun.prompts import TemplateError, input_columns, template_columns
 from batchrun.records import Message
 from batchrun.wording import dotted
 
+Finder = Callable[
+    [str | Sequence[str], Mapping[str, object]], tuple[list[InputFile], list[BatchrunError]]
+]
+"""Finds the files of an input: those that can be used, and what is wrong with the others."""
+
 _T = TypeVar("_T")
 _TINY = "tiny"
 _MAX_FILE_PROBLEMS = 20
@@ -57,13 +61,24 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadCheckpoint:
+    """What of a checkpoint has been read without its weights."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat: ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """Every problem of a job's surroundings, and what is known of them: ``files`` are those of the
-    input that can be read."""
+    input that can be read, ``checkpoint`` is None where there is no usable one."""
 
     problems: tuple[Problem, ...]
     facts: Facts
     files: tuple[InputFile, ...] = ()
+    checkpoint: ReadCheckpoint | None = None
 
 
 def check_job(job: Job, source: JobSource | None = None) -> list[Problem]:
@@ -76,31 +91,48 @@ def check_job(job: Job, source: JobSource | None = None) -> list[Problem]:
 
 
 def inspect_job(
-    job: Job, source: JobSource | None = None, bad: frozenset[KeyPath] = frozenset()
+    job: Job,
+    source: JobSource | None = None,
+    bad: frozenset[KeyPath] = frozenset(),
+    *,
+    find: Finder = find_input,
+    weights: bool = True,
 ) -> Inspection:
     """Check what ``job`` names. Keys that are ``bad`` hold stand-ins: what needs them is skipped.
+
+    ``find`` finds the input's files. Without ``weights`` a local checkpoint's may be missing.
 
     Raises:
         StorageError: Storage cannot be reached, and nothing else is wrong.
     """
-    inspector = _Inspector(job, source or JobSource.of_mapping({}, job.name), bad)
+    inspector = _Inspector(job, source or JobSource.of_mapping({}, job.name), bad, find, weights)
     inspector.check_input()
     inspector.check_checkpoint()
     inspector.check_output()
     if inspector.unreachable is not None and len(inspector.problems) == inspector.num_unreachable:
         raise inspector.unreachable
     problems = tuple(dict.fromkeys(inspector.problems))
-    return Inspection(problems, inspector.facts, inspector.files)
+    return Inspection(problems, inspector.facts, inspector.files, inspector.checkpoint)
 
 
 class _Inspector:
-    def __init__(self, job: Job, source: JobSource, bad: frozenset[KeyPath]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        source: JobSource,
+        bad: frozenset[KeyPath],
+        find: Finder,
+        weights: bool,
+    ) -> None:
         self.job = job
         self.source = source
         self.bad = bad
+        self.find = find
+        self.weights = weights
         self.problems: list[Problem] = []
         self.facts = Facts()
         self.files: tuple[InputFile, ...] = ()
+        self.checkpoint: ReadCheckpoint | None = None
         self.unreachable: StorageError | None = None
         self.num_unreachable = 0
 
@@ -119,7 +151,7 @@ class _Inspector:
         path = self.job.input.path
         paths = path if isinstance(path, str) else list(path)
         found = self._try(
-            ("input", "path"), lambda: find_input(paths, self.job.input.storage_options)
+            ("input", "path"), lambda: self.find(paths, self.job.input.storage_options)
         )
         if found is None:
             return
@@ -209,6 +241,8 @@ class _Inspector:
             chat = self._try(key, lambda: ChatTemplate.load(folder, tokenizer))
             if chat is not None:
                 self._check_chat(chat)
+            if chat is not None and config is not None:
+                self.checkpoint = ReadCheckpoint(folder, config, tokenizer, chat)
 
     def _checkpoint_folder(self) -> Path:
         path = self.job.model.path
@@ -219,7 +253,8 @@ class _Inspector:
 
     def _config(self, folder: Path) -> ModelConfig:
         is_remote = "://" in self.job.model.path and not self.job.model.path.startswith("file://")
-        if is_remote and not any(folder.glob("*.safetensors")):
+        can_lack_weights = is_remote or not self.weights
+        if can_lack_weights and not any(folder.glob("*.safetensors")):
             return load_config(folder)
         return check_checkpoint(folder).config
 
@@ -249,6 +284,8 @@ class _Inspector:
         generation = self.job.generation
         if generation.response_format is None or any(slips(generation.response_format)):
             return  # what is wrong with it has been said with the rules of the job file
+        from batchrun.engine.constraints import Constraints  # loads torch, which takes seconds
+
         bound_to = ResponseFormat.parse(generation.response_format)
         vocab_size = tokenizer.vocab_size if config is None else config.vocab_size
         constraints = Constraints(tokenizer, vocab_size)

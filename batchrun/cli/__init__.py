@@ -29,7 +29,9 @@ COMMANDS = {
     "cancel": "Stop a run on a cluster; what is finished is kept.",
     "sweep": "Run a job at several thinking budgets: accuracy and cost of each.",
     "validate": "Check a job without running it: every problem, with its line.",
+    "plan": "Say what a run would take: rows, tokens, memory, hours, cost.",
     "status": "Show how far a run is, from its output alone.",
+    "report": "Write what a run did as one HTML page.",
     "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
     "schedule": "Print the crontab line or Kubernetes objects that run a job on its schedule.",
@@ -41,7 +43,7 @@ COMMANDS = {
 # A module of this package called `list` would take the builtin's name in here.
 _MODULES = {"list": "listing"}
 
-PLANNED = ("plan", "report", "retry")
+PLANNED = ("retry",)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75

@@ -61,7 +61,7 @@ def status_json(url: str, status: RunStatus) -> dict[str, object]:
     return {
         "output": url,
         "run_id": status.run_id,
-        "state": state_of(status),
+        "state": status.state.value,
         "rows": {
             "total": status.total_rows,
             "done": counts.pop("rows"),
@@ -84,23 +84,14 @@ def status_json(url: str, status: RunStatus) -> dict[str, object]:
     }
 
 
-def state_of(status: RunStatus) -> str:
-    """``live``, ``finished``, ``finished with failures`` or ``stopped``."""
-    if status.live:
-        return "live"
-    if status.succeeded:
-        return "finished"
-    if status.shards_done + len(status.failed_shards) == status.num_shards:
-        return "finished with failures"
-    return "stopped"
-
-
 def status_text(url: str, status: RunStatus) -> str:
     """What a person wants to know, in a few lines."""
+    from batchrun.data.status import RunState
+
     counts = status.counts
     share = counts.rows / status.total_rows if status.total_rows else 1.0
     lines = [
-        f"{url}: {state_of(status)} (run {status.run_id})",
+        f"{url}: {status.state} (run {status.run_id})",
         f"  rows    {counts.rows:,} of {status.total_rows:,} done ({share:.0%}), "
         f"{counts.failed_rows:,} of them failed, {status.rows_left:,} left",
         f"  shards  {status.shards_done:,} of {status.num_shards:,} published",
@@ -128,6 +119,6 @@ def status_text(url: str, status: RunStatus) -> str:
         lines.append(f"  failed  shard {number:06d}: {why}")
     if len(status.failed_shards) > 10:
         lines.append(f"          and {len(status.failed_shards) - 10} more")
-    if state_of(status) == "stopped":
+    if status.state is RunState.STOPPED:
         lines.append("  submit the job again to resume")
     return "\n".join(lines)

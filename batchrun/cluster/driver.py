@@ -12,13 +12,16 @@ Bulk data never passes through here; what moves is keys and counts.
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from batchrun import __version__
 from batchrun.cluster.capacity import Capacity, WorkerShape, plan_shape
+from batchrun.cluster.chronicle import Chronicle
 from batchrun.cluster.opening import CheckedJob, check
 from batchrun.cluster.session import (
     forget_ray,
@@ -34,6 +37,7 @@ from batchrun.cluster.tally import Progress, Tally
 from batchrun.cluster.worker import TraceSource, WorkerSettings
 from batchrun.coordinator import RunState
 from batchrun.data import run as bookkeeping
+from batchrun.data.history import History, Moment, write_history
 from batchrun.data.lock import RunLock
 from batchrun.data.run import OpenedRun
 from batchrun.data.strikes import read_strikes, write_strike
@@ -74,6 +78,8 @@ from batchrun.metrics import (
     RESTARTS,
     ROWS,
     ROWS_LEFT,
+    SLOTS_USED,
+    TOKENS,
     TOKENS_DISCARDED,
     WORKER_SECONDS,
     WORKERS,
@@ -91,6 +97,8 @@ if TYPE_CHECKING:
 
 _SHOW_EVERY_S = 0.5
 _SAVE_EVERY_S = 3.0
+_RECORD_EVERY_S = 10.0
+_GENERATED = ("reasoning", "completion")  # the kinds of tokens that a worker makes
 _DRAIN_S = 15.0
 _CHECK_ALIVE_EVERY_S = 1.0
 _SAY_PENDING_AFTER_S = 10.0
@@ -337,6 +345,8 @@ class _Driver:
         self._cluster: Cluster | None = None
         self._outcome: Outcome | None = None
         self._ready_at: float | None = None  # when the first worker had loaded
+        self._chronicle = Chronicle(lock.epoch, __version__, socket.gethostname())
+        self._recorded_at = float("-inf")
         self._restarts = 0
         self._counted_discarded = 0
         self._counted = Counts()  # rows that the counters of the metrics hold already
@@ -462,7 +472,10 @@ class _Driver:
                 self._spent(worker, "load", loaded.load_s - loaded.compile_s)
                 self._spent(worker, "compile", loaded.compile_s)
                 self._spent(worker, "provision", max(0.0, waited_s - loaded.load_s))
-                self._handle(WorkerReady(worker, loaded.max_sequences, loaded.device, waited_s))
+                self._chronicle.begin(worker, loaded.host, loaded.device)
+                self._handle(
+                    WorkerReady(worker, loaded.max_sequences, loaded.device, loaded.load_s)
+                )
             case WorkerReported():
                 self._take_report(news)
             case WorkerGone():
@@ -517,6 +530,7 @@ class _Driver:
     def _count_loss(self, worker: str, cause: str) -> None:
         self._restarts += 1
         self._metrics.add(RESTARTS, cause=cause)
+        self._chronicle.lose(worker, cause)
         self._metrics.forget_worker(worker)
         self._tally.lose(worker)
 
@@ -535,7 +549,11 @@ class _Driver:
         self._view(progress)
         if now - self._saved_at >= _SAVE_EVERY_S:
             self._saved_at = now
+            self._observe(now, progress)
             self._save(progress)
+            if now - self._recorded_at >= _RECORD_EVERY_S:
+                self._recorded_at = now
+                self._record(self._chronicle.take())
             if self._ray_metrics is not None:
                 self._ray_metrics.update()
 
@@ -577,6 +595,31 @@ class _Driver:
                 )
             )
 
+    def _observe(self, now: float, progress: Progress) -> None:
+        """Note the moment in the history."""
+        workers = {
+            name: (
+                int(sum(numbers[TOKENS.name].get((kind,), 0) for kind in _GENERATED)),
+                int(sum(numbers[SLOTS_USED.name].values())),
+                {labels[0]: spent for labels, spent in numbers[WORKER_SECONDS.name].items()},
+            )
+            for name, numbers in self._metrics.by_worker(TOKENS, SLOTS_USED, WORKER_SECONDS)
+        }
+        moment = Moment(
+            at=now - self._started,
+            rows=progress.generated.rows,
+            failed_rows=progress.generated.failed_rows,
+            sampled_tokens=self._tally.sampled_tokens,
+            discarded_tokens=self._tally.discarded_tokens,
+            in_flight=sum(in_flight for _, in_flight, _ in workers.values()),
+            workers=progress.workers.get("ready", 0),
+        )
+        self._chronicle.observe(moment, workers)
+
+    def _record(self, history: History) -> None:
+        with contextlib.suppress(StorageError):  # the report may lack it; the run does not
+            write_history(self._checked.store, self._checked.run, history)
+
     def _drain(self, message: str) -> None:
         """Stop in good order: what is complete is published, the rest is journaled, in time."""
         self._view.say(f"stopping ({message}): what was generated is made safe first")
@@ -604,8 +647,9 @@ class _Driver:
         now = time.monotonic()
         progress = self._tally.progress(now, self._started, {})
         self._save(progress)
+        self._observe(now, progress)
         generated = progress.generated
-        return Summary(
+        summary = Summary(
             name=self._checked.job.name,
             run_id=self._checked.run,
             output=self._checked.job.output.path,
@@ -628,6 +672,11 @@ class _Driver:
             elapsed_s=now - self._started,
             startup_s=(self._ready_at or now) - self._started,
         )
+        if self._fleet is not None:  # else nothing was to do, and nothing is to tell
+            self._record(
+                self._chronicle.take(outcome.kind.value, outcome.message, summary.exit_code)
+            )
+        return summary
 
 
 def _limits(job: Job) -> Limits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,11 +73,14 @@ def find_input(
     paths: str | Sequence[str],
     storage_options: Mapping[str, object] | None = None,
     known: Sequence[InputFile] = (),
+    *,
+    choose: Callable[[Mapping[str, int]], Iterable[str]] | None = None,
 ) -> tuple[list[InputFile], list[BatchrunError]]:
     """The usable files of the input, and everything that is wrong with the rest.
 
     A folder means its ``*.parquet``, recursively, without names that begin with ``_`` or ``.``;
-    a file that several paths lead to counts once. Footers are read in parallel.
+    a file that several paths lead to counts once. Footers are read in parallel. ``choose`` is
+    told the URI and size in bytes of every file, and gives those whose footers are to be read.
     """
     entries = [paths] if isinstance(paths, str) else list(paths)
     found: dict[str, _Found] = {}
@@ -103,6 +106,9 @@ def find_input(
         except BatchrunError as error:
             return error
 
+    if choose is not None:
+        chosen = choose({uri: int(item.info["size"]) for uri, item in found.items()})
+        found = {uri: found[uri] for uri in chosen}
     files: list[InputFile] = []
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         for outcome in pool.map(read, found.values()):

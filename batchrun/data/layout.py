@@ -51,6 +51,11 @@ def journal_folder(run: str, shard: int | None = None) -> str:
     return folder if shard is None else f"{folder}/{shard:06d}"
 
 
+def history_path(run: str, epoch: int) -> str:
+    """How the run went under one driver, over time."""
+    return f"{run_folder(run)}/history/{epoch:06d}.json"
+
+
 def strikes_folder(run: str) -> str:
     """Where it is recorded which rows were in work when a worker died."""
     return f"{run_folder(run)}/strikes"

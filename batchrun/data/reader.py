@@ -6,6 +6,7 @@ import io
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import length_hint
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -74,6 +75,13 @@ class ShardReader:
             if self._at_end:
                 raise StopIteration
             self._advance()
+
+    @property
+    def coming(self) -> Future[_Cut | None] | None:
+        """What the next row would have to be waited for; None where it is there, or the end."""
+        if self._at_end or length_hint(self._rows) or self._next.done():
+            return None
+        return self._next
 
     def take_carried(self, num_rows: int) -> pa.Table:
         """The carried columns of the next ``num_rows`` rows, in input order; each once.

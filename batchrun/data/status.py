@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from batchrun.data.journal import read_journal
 from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS, journal_folder
@@ -15,6 +16,15 @@ from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat
 from batchrun.errors import OutputError, OutputHeldError
 from batchrun.records import Counts, Shard
+
+
+class RunState(StrEnum):
+    """What can be said of a run in a word or two."""
+
+    LIVE = "live"
+    FINISHED = "finished"
+    FAILED = "finished with failures"
+    STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,17 @@ class RunStatus:
     journaled_rows: int = 0
 
     @property
+    def state(self) -> RunState:
+        """Whether it goes on, and if not, how it ended."""
+        if self.live:
+            return RunState.LIVE
+        if self.succeeded:
+            return RunState.FINISHED
+        if self.shards_done + len(self.failed_shards) == self.num_shards:
+            return RunState.FAILED
+        return RunState.STOPPED
+
+    @property
     def rows_left(self) -> int:
         """Rows that are neither done nor failed."""
         return max(0, self.total_rows - self.counts.rows)
@@ -51,7 +72,7 @@ def read_status(store: Store) -> RunStatus:
     run = require_run(store)
     directory = RunDirectory(store, run)
     shards = tuple(read_plan(store, run, InputColumns()).shards.values())
-    parts = directory.recorded(shards)
+    parts = directory.summarised(shards)
     progress = directory.read_progress()
     lock = read_lock(store)
     live = is_live(store)

@@ -23,6 +23,7 @@ from batchrun.engine.request import Output, Request, Timings
 from batchrun.engine.scheduler import Scheduler
 from batchrun.engine.sequence import Sequence
 from batchrun.engine.thinking import ForcedClose, Thinking
+from batchrun.engine.threads import torch_threads
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.engine.transcript import Transcript
 from batchrun.errors import RequestError
@@ -103,8 +104,10 @@ class Engine:
         chat: ChatTemplate | None,
         stop_ids: frozenset[int],
         load_seconds: float = 0.0,
+        num_threads: int | None = None,
         compile_seconds: float = 0.0,
     ) -> None:
+        """``num_threads`` are torch's while a step runs; None leaves them as they are."""
         self.config = config
         self.tokenizer = tokenizer
         """None for a checkpoint without tokenizer.json: drive it with token ids."""
@@ -119,6 +122,9 @@ class Engine:
         self.max_sequences = plan.max_sequences
         self.deterministic = options.deterministic
         self.runner = runner
+        self.num_threads = num_threads
+        """Torch's while a step runs; None for as many as it has."""
+        self.options = options
         self._stop_ids = stop_ids
         self._close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
         vocab_size = config.vocab_size
@@ -173,6 +179,7 @@ class Engine:
         started = time.monotonic()
         options = options or EngineOptions()
         config = load_config(folder)
+        options = options.resolved(config)
         device, dtype = options.torch_device, options.torch_dtype
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise RequestError(
@@ -180,12 +187,9 @@ class Engine:
             )
         weight_bytes = options.precision.weight_bytes(config)
         is_small = device.type == "cpu" and weight_bytes < _SMALL_BYTES
-        if options.deterministic or is_small:
-            # A sum shared by threads depends on how many there are, and threads that wait for one
-            # another after every small product cost several times what they bring.
-            torch.set_num_threads(1)
-        elif options.num_threads is not None:
-            torch.set_num_threads(options.num_threads)
+        # A sum shared by threads depends on how many there are, and threads that wait for one
+        # another after every small product cost several times what they bring.
+        num_threads = 1 if options.deterministic or is_small else options.num_threads
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         chat = None
         if tokenizer is not None and ChatTemplate.exists(folder):
@@ -215,7 +219,9 @@ class Engine:
             one_by_one=options.deterministic,
             constraints=None
             if tokenizer is None
-            else Constraints(tokenizer, config.vocab_size, num_threads=torch.get_num_threads()),
+            else Constraints(
+                tokenizer, config.vocab_size, num_threads=num_threads or torch.get_num_threads()
+            ),
         )
         compile_started = time.monotonic()
         runner.warm_up(options.max_batch_tokens)
@@ -229,6 +235,7 @@ class Engine:
             chat=chat,
             stop_ids=load_stop_ids(folder),
             load_seconds=time.monotonic() - started,
+            num_threads=num_threads,
             compile_seconds=compile_seconds,
         )
 
@@ -372,7 +379,8 @@ class Engine:
         if step.admitted and self.on_admit is not None:
             self.on_admit([sequence.request.key for sequence in step.admitted])
         try:
-            next_tokens = self.runner.run(step)
+            with torch_threads(self.num_threads):
+                next_tokens = self.runner.run(step)
         except torch.OutOfMemoryError as full:
             return outputs + self._shed(full)
         now = time.monotonic()

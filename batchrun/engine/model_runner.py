@@ -12,7 +12,7 @@ from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan
 from batchrun.engine.sampler import Needs, Sampler, stream_key
 from batchrun.engine.scheduler import Chunk, Step
 from batchrun.engine.sequence import Sequence
-from batchrun.model.batch import Batch
+from batchrun.model.batch import Batch, DecodeBatch
 from batchrun.model.hybrid import NemotronH
 from batchrun.model.state import State
 
@@ -57,6 +57,8 @@ class ModelRunner:
         self._tables = torch.zeros(shape, dtype=torch.int64, device=device)
         self._uses_blocks = plan.blocks_per_sequence > 0
         self._graphs: DecodeGraphs | None = None
+        # Whether the operators find pages by themselves, so that nothing is laid out for them.
+        self._follows_tables = model.ops is not None and not model.ops.rectangles
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
@@ -138,16 +140,23 @@ class ModelRunner:
                 logit_rows.append(len(token_ids) - 1)
         slot_ids = torch.tensor(slots, device=self._device)  # [S]
         width = -(-longest // BLOCK_SIZE) if self._uses_blocks else 1
-        rows = torch.tensor(logit_rows, dtype=torch.int64, device=self._device)  # [L]
-        batch = Batch(
-            token_ids=torch.tensor(token_ids, device=self._device),
-            num_decodes=num_decodes,
-            prefill_lens=tuple(chunk.num_tokens for chunk in prefills),
-            slots=slot_ids,
-            context_lens=tuple(context_lens),
-            block_tables=self._tables[slot_ids, :width],
-            logit_rows=rows,
-        )
+        tables = self._tables[slot_ids, :width]
+        ids = torch.tensor(token_ids, device=self._device)  # [T]
+        batch: Batch | DecodeBatch
+        if not prefills and self._follows_tables:
+            # Most steps: there is next to nothing to lay out.
+            contexts = torch.tensor(context_lens, device=self._device)
+            batch = DecodeBatch(ids, slot_ids, contexts, tables)
+        else:
+            batch = Batch(
+                token_ids=ids,
+                num_decodes=num_decodes,
+                prefill_lens=tuple(chunk.num_tokens for chunk in prefills),
+                slots=slot_ids,
+                context_lens=tuple(context_lens),
+                block_tables=tables,
+                logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=self._device),
+            )
         logits = self.model(batch, self.state)  # [L, V]
         for sequence in decodes:
             sequence.num_context += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,14 @@ from batchrun.engine.memory import (
     MemoryRequest,
 )
 from batchrun.errors import RequestError
+from batchrun.model.config import ModelConfig
 from batchrun.model.ops.mamba_kernels import find_obstacle
+from batchrun.model.packed import has_fast_bfloat16
 from batchrun.model.sizes import Precision, Quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MIN_BFLOAT16_BYTES = 64 << 20
+"""Below, a model is in the cache of a CPU as it is, and its matrices are no burden."""
 _ABSENT = "is not available in this version"
 
 
@@ -30,7 +34,9 @@ _ABSENT = "is not available in this version"
 class EngineOptions:
     """Options of :meth:`~batchrun.engine.engine.Engine.load`.
 
-    ``dtype`` auto is bfloat16 on a GPU and float32 on a CPU; ``state_dtype`` auto is float32.
+    ``dtype`` auto is bfloat16 on a GPU; on a CPU it is float32, but bfloat16 where the checkpoint's
+    weights are that and take 64 MiB or more, the CPU multiplies it faster (AVX512-BF16, AMX), and
+    ``deterministic`` is off. ``state_dtype`` auto is float32.
     ``quantization`` int8 makes the matrices 8-bit integers while they are loaded: half the bytes
     of bfloat16. ``kv_dtype`` is that of keys and values: auto or the model's.
     ``max_model_len`` bounds prompt + output; None = the checkpoint's, as far as memory holds one
@@ -39,11 +45,12 @@ class EngineOptions:
     ``max_batch_tokens`` go through the model in one step, beyond one for each decoding sequence.
     ``deterministic`` makes the results of a sequence equal to the byte whatever runs beside it, at
     a cost in speed. ``memory_bytes`` bounds what the engine uses; None = what is free, on a CPU
-    half of it. ``num_threads`` is torch's; None leaves it as it is. A small model on a CPU runs on
-    one thread whatever it says. ``prefix_states`` keeps the states of prompt beginnings that many
-    prompts share, so that they are computed once; with ``deterministic`` it is off, because where
-    a prompt is cut would depend on what else the engine has seen. ``random_weights`` take the place
-    of the checkpoint's, of which only the config is read then: for measurements.
+    half of it. ``num_threads`` is torch's while a step runs; None leaves it as it is. A small model
+    on a CPU runs on one thread whatever it says. ``prefix_states`` keeps the states of prompt
+    beginnings that many prompts share, so that they are computed once; with ``deterministic`` it is
+    off, because where a prompt is cut would depend on what else the engine has seen.
+    ``random_weights`` take the place of the checkpoint's, of which only the config is read then:
+    for measurements.
 
     :raises RequestError: a value that is not one of those named.
     """
@@ -97,6 +104,17 @@ class EngineOptions:
         if self.dtype != "auto":
             return _DTYPES[self.dtype]
         return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+
+    def resolved(self, config: ModelConfig) -> EngineOptions:
+        """The same, with ``dtype`` auto decided for a checkpoint on this machine."""
+        is_cpu = self.torch_device.type == "cpu"
+        if self.dtype != "auto" or self.kv_dtype != "auto" or not is_cpu or self.deterministic:
+            return self
+        if config.torch_dtype != "bfloat16" or not has_fast_bfloat16():
+            return self
+        if replace(self, dtype="bfloat16").precision.weight_bytes(config) < _MIN_BFLOAT16_BYTES:
+            return self
+        return replace(self, dtype="bfloat16")
 
     @property
     def torch_state_dtype(self) -> torch.dtype:

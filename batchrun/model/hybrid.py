@@ -12,6 +12,7 @@ from batchrun.model.layers import MLP, RMSNorm
 from batchrun.model.layout import lay_out
 from batchrun.model.mamba2 import Mamba2Mixer
 from batchrun.model.ops import Ops, select_ops
+from batchrun.model.packed import can_pack, pack_layers
 from batchrun.model.quantize import Int8Linear, int8_linear
 from batchrun.model.state import State
 
@@ -103,6 +104,9 @@ class NemotronH(nn.Module):
             assert isinstance(layer, Layer)
             if not isinstance(layer.mixer, MLP):
                 layer.mixer.prepare()
+        embeddings = self.backbone.embeddings.weight
+        if can_pack(embeddings.dtype, embeddings.device):
+            pack_layers(self)
         # Operators with kernels have one for quantised matrices too.
         product = getattr(self.ops, "int8_linear", int8_linear)
         for module in self.modules():

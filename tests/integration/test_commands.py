@@ -63,6 +63,15 @@ def test_submit_status_discard(work: Work, batchrun: Callable[..., Command], cal
         "generated": 0,
     }
 
+    # A plan knows what is done, and how long it turned out to be.
+    code, out, err = call("plan", job, "--accelerator", "A10G", "--json")
+    plan = json.loads(out)
+    assert (code, plan["done_rows"], plan["durations"][0]["seconds"]["high"]) == (0, 3, 0)
+    made = [row["reasoning_tokens"] + row["completion_tokens"] for row in work.rows()]
+    assert plan["output"]["tokens_per_sample"]["expected"] == pytest.approx(sum(made) / 3)
+    code, out, err = call("plan", job, "--accelerator", "A10G", "--set", "generation.seed=7")
+    assert code == 0 and "submit will refuse it" in out
+
     code, out, err = call("discard", work.folder / "out", "--yes")
     assert (code, out) == (0, "")
     assert work.parts() == []

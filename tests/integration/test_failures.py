@@ -118,12 +118,13 @@ def test_drained_worker_finishes_its_leases(undisturbed: Work) -> None:
 
 
 def test_shard_that_kills_workers_is_failed(work: Work, cluster: str) -> None:
-    """A shard whose workers die over and over is failed, with exit code 3, and not for ever."""
+    """A shard whose workers die over and over before a row runs is failed, with exit code 3, and
+    not for ever: the first death is under suspicion, those of its own count."""
     work.write("a", sums(4))
     raw = work.raw("out", generation={**LONG, "max_tokens": 2000}, errors={"max_retries": 1})
     with meanwhile(signal_worker(work, "out", signal.SIGKILL, times=99)):
         summary = package.run(raw)
-    assert (summary.exit_code, summary.restarts, summary.failed_rows) == (3, 2, 4)
+    assert (summary.exit_code, summary.restarts, summary.failed_rows) == (3, 3, 4)
     assert "worker_lost" in next(iter(summary.failed_shards.values()))
 
 

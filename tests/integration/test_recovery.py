@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ from .conftest import Command, Work, answer_of, sums, worker_pids
 from .faults import DIE, HANG
 from .test_failures import LONG, is_busy, meanwhile
 
-NUM_ROWS = 60
+NUM_ROWS = 90
 
 
 @dataclass
@@ -93,11 +94,17 @@ def test_a_big_shard_feeds_two_workers_and_outlives_one(big: Work) -> None:
     """Two workers share a shard by ranges of its rows. When one is killed, the other takes over
     what it had, and at most what came after its last write to the journal is generated again."""
 
-    def busy() -> list[int]:
-        return [pid for pid in worker_pids(os.getpid()) if is_busy(pid)]
+    def kill_one() -> None:
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            for pid in filter(is_busy, worker_pids(os.getpid())):
+                os.kill(pid, signal.SIGKILL)
+                return
 
-    view = Told(lambda progress: progress.done.rows > 8 and len(busy()) == 2,
-                lambda: os.kill(busy()[0], signal.SIGKILL))  # fmt: skip
+    def are_both_at_work(progress: Progress) -> bool:
+        return progress.workers.get("ready") == 2 and 8 < progress.done.rows < NUM_ROWS - 16
+
+    view = Told(are_both_at_work, kill_one)
     summary = run(big_job(big, "ranges"), view)
     assert (summary.exit_code, summary.restarts) == (0, 1)
     assert big.rows("ranges") == big.rows()
@@ -120,10 +127,10 @@ def test_nothing_that_was_journaled_is_generated_again(
     command = batchrun("submit", path, "--deterministic")
     journal = big.folder / "killed" / "_batchrun"
     command.wait_until(lambda: len(list(journal.glob("*/journal/*/*"))) >= 3)
-    command.process.kill()
-    command.process.wait()
-    for pid in worker_pids(command.process.pid):
+    pids = [command.process.pid, *worker_pids(command.process.pid)]
+    for pid in pids:  # Ray would end the workers, but after a while in which they go on
         os.kill(pid, signal.SIGKILL)
+    command.process.wait()
     store = store_of(big, "killed")
     [run_id] = store.folders("_batchrun")
     known = 0

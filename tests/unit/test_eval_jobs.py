@@ -21,9 +21,11 @@ from batchrun.job import Job, parse_job
 from batchrun.jobfile import read_job_file
 from batchrun.llm import find_checkpoint
 from batchrun.pipeline import Pipeline
+from batchrun.planner.plan import plan_job
 from batchrun.preflight import check_job
 from batchrun.prompts import PromptBuilder, input_columns
 from batchrun.records import Lease, Part, Row
+from batchrun.rows import Rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "jobs" / "eval"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -136,7 +138,8 @@ def test_the_readme_says_what_a_job_reads_and_scores(name: str) -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_runs_over_made_up_rows(name: str, engine: Engine, tmp_path: Path) -> None:
-    """With tiny each job passes all checks of a run, and every row is answered and scored."""
+    """With tiny each job passes all checks of a run, its prompts are planned as they are, and every
+    row is answered and scored."""
     rows = ROWS[name]
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table(dict(rows)), tmp_path / "in/rows.parquet")
@@ -153,8 +156,11 @@ def test_a_job_runs_over_made_up_rows(name: str, engine: Engine, tmp_path: Path)
     )
     job = parse_job(source)
     assert list(check_job(job, source)) == []
+    plan = plan_job(job, source)
+    assert (plan.target.name, plan.census.runnable_rows) == ("A10G", 2)
     table = run(job, engine, tmp_path).to_pydict()
     n = job.generation.n
+    assert plan.census.total.value == sum(table["prompt_tokens"]) / n
     assert table["error"] == [None] * 2 * n
     assert table["sample"] == [*range(n)] * 2
     assert table["id"] == [
@@ -198,7 +204,7 @@ def run(job: Job, engine: Engine, folder: Path) -> pa.Table:
         tool_calls=job.has_tools,
     )
     pipeline = Pipeline(job, engine, publish, schema, part_format)
-    pipeline.start(Lease(shard, 1, "attempt"))
+    pipeline.start(Lease(shard, 1, "attempt", Rows.all(shard.num_rows)))
     while not pipeline.work(0.5).idle:
         pass
     pipeline.close()

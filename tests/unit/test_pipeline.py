@@ -319,6 +319,7 @@ def test_rows_are_read_ahead_as_far_as_memory_allows(
 
     def num_read() -> int:
         made.pipeline.start(made.lease(0))
+        made.pipeline._leases[0].reader._next.result()
         made.pipeline._admit()
         count = engine.num_unfinished
         made.pipeline._give_up(made.pipeline._leases[0], ShardError("enough"))

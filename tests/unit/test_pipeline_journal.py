@@ -138,6 +138,7 @@ class Run:
         """So many engine steps, without an end of a lease."""
         for item in pipeline._leases:
             item.opening.result()
+            item.reader._next.result()
         for _ in range(count):
             pipeline._admit()
             pipeline._step()

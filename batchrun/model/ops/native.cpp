@@ -371,6 +371,83 @@ void attend_tile(const T *q, const T *keys, const T *values, const int64_t *tabl
     }
 }
 
+inline float added_up(Vector v) {
+    typedef float Half __attribute__((vector_size(sizeof(Vector) / 2)));
+    typedef float Quarter __attribute__((vector_size(sizeof(Vector) / 4)));
+    Half halves[2];
+    memcpy(halves, &v, sizeof v);
+    halves[0] += halves[1];
+    Quarter quarters[2];
+    memcpy(quarters, halves, sizeof quarters);
+    quarters[0] += quarters[1];
+    return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
+}
+
+const int FEW = 8;
+
+// The same for one token whose few heads would leave most lanes empty: numbers of a head side by
+// side, `WIDTH` vectors of them.
+template <typename T, int WIDTH>
+void attend_token(const T *q, const T *keys, const T *values, const int64_t *table, T *out,
+                  int64_t token, int64_t kv_head, int64_t context, const Attention &sizes) {
+    const int64_t d = WIDTH * LANES, sharing = sizes.heads / sizes.kv_heads, count = context + 1;
+    const int64_t row_size = sizes.kv_heads * d, block_size = sizes.block_size;
+    const float scale = 1.0f / sqrtf(float(d));
+    Vector queries[FEW][WIDTH], sums[FEW][WIDTH], numbers[WIDTH];
+    float scores[FEW][KEYS], highest[FEW], total[FEW], room[WIDTH * LANES];
+    for (int64_t h = 0; h < sharing; h++) {
+        const T *from = q + token * sizes.q_stride + (kv_head * sharing + h) * d;
+        memcpy(queries[h], widened(from, room, d), sizeof queries[h]);
+        for (int c = 0; c < WIDTH; c++) {
+            queries[h][c] *= scale;
+            sums[h][c] = Vector{};
+        }
+        highest[h] = -INFINITY;
+        total[h] = 0.0f;
+    }
+    for (int64_t at = 0; at < count;) {
+        int64_t offset = at % block_size, some = block_size - offset;
+        some = some < KEYS ? some : KEYS;
+        some = some < count - at ? some : count - at;
+        int64_t start = (table[at / block_size] * block_size + offset) * row_size + kv_head * d;
+        for (int64_t r = 0; r < some; r++) {
+            memcpy(numbers, widened(keys + start + r * row_size, room, d), sizeof numbers);
+            for (int64_t h = 0; h < sharing; h++) {
+                Vector dot = queries[h][0] * numbers[0];
+                for (int c = 1; c < WIDTH; c++) dot += queries[h][c] * numbers[c];
+                scores[h][r] = added_up(dot);
+            }
+        }
+        for (int64_t h = 0; h < sharing; h++) {
+            float high = highest[h], sum = 0.0f;
+            for (int64_t r = 0; r < some; r++) high = scores[h][r] > high ? scores[h][r] : high;
+            for (int64_t r = some; r < KEYS; r++) scores[h][r] = -INFINITY;
+            float shrink = exponential(highest[h] - high);
+#pragma omp simd reduction(+ : sum)
+            for (int r = 0; r < KEYS; r++) {
+                float weight = exponential(scores[h][r] - high);
+                scores[h][r] = r < some ? weight : 0.0f;
+                sum += scores[h][r];
+            }
+            total[h] = total[h] * shrink + sum;
+            highest[h] = high;
+            for (int c = 0; c < WIDTH; c++) sums[h][c] *= shrink;
+        }
+        for (int64_t r = 0; r < some; r++) {
+            memcpy(numbers, widened(values + start + r * row_size, room, d), sizeof numbers);
+            for (int64_t h = 0; h < sharing; h++)
+                for (int c = 0; c < WIDTH; c++) sums[h][c] += scores[h][r] * numbers[c];
+        }
+        at += some;
+    }
+    for (int64_t h = 0; h < sharing; h++) {
+        float result[WIDTH * LANES];
+        memcpy(result, sums[h], sizeof result);
+        T *to = out + (token * sizes.heads + kv_head * sharing + h) * d;
+        for (int64_t j = 0; j < d; j++) store(to[j], result[j] / total[h]);
+    }
+}
+
 // Sequences of up to `longest` new tokens, whose keys and values are in the pools already.
 template <typename T>
 void attend(const T *q, const T *keys, const T *values, const int64_t *tables,
@@ -384,9 +461,17 @@ void attend(const T *q, const T *keys, const T *values, const int64_t *tables,
         int64_t s = i / (sizes.kv_heads * tiles), kv_head = i / tiles % sizes.kv_heads;
         int64_t first = (tiles - 1 - i % tiles) * LANES;
         int64_t left = (starts[s + 1] - starts[s]) * sharing - first;
-        if (left > 0)
-            attend_tile(q, keys, values, tables + s * sizes.table_stride, out, starts[s], kv_head,
-                        first, left < LANES ? left : LANES, contexts[s], sizes);
+        const int64_t *table = tables + s * sizes.table_stride;
+        if (left <= 0) continue;
+        if (longest == 1 && sharing <= FEW && sizes.size == 2 * LANES)
+            attend_token<T, 2>(q, keys, values, table, out, starts[s], kv_head, contexts[s], sizes);
+        else if (longest == 1 && sharing <= FEW && sizes.size == 4 * LANES)
+            attend_token<T, 4>(q, keys, values, table, out, starts[s], kv_head, contexts[s], sizes);
+        else if (longest == 1 && sharing <= FEW && sizes.size == 8 * LANES)
+            attend_token<T, 8>(q, keys, values, table, out, starts[s], kv_head, contexts[s], sizes);
+        else
+            attend_tile(q, keys, values, table, out, starts[s], kv_head, first,
+                        left < LANES ? left : LANES, contexts[s], sizes);
     }
 }
 

@@ -370,15 +370,17 @@ def test_flipped_bits_cost_their_block_only(
         number = data.draw(st.integers(0, len(objects) - 1))
         name, content = objects[number]
         damaged = bytearray(content)
-        for place in data.draw(
+        places = data.draw(
             st.lists(st.integers(0, len(content) * 8 - 1), min_size=1, max_size=3, unique=True)
-        ):
+        )
+        for place in places:
             damaged[place // 8] ^= 1 << place % 8
         objects[number] = (name, bytes(damaged))
         found = check(store, objects, whole)
         assert found.num_damaged >= 1
         header_end = content.index(b"\n")
-        if bytes(damaged[: header_end + 1]) == content[: header_end + 1]:
+        is_header_whole = bytes(damaged[: header_end + 1]) == content[: header_end + 1]
+        if is_header_whole and len(places) == 1:  # several could be one in each block
             lost = [line for line in read_lines(content) if line not in set(read_lines(damaged))]
             assert len(lost) < len(list(read_lines(content))), "a block behind is found again"
 

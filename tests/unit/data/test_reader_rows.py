@@ -81,3 +81,16 @@ def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
         ShardReader(shard, schema, rows=Rows.of([3])) as reader,
     ):
         list(reader)
+
+
+def test_nobody_has_to_wait_for_rows_that_are_on_their_way(tmp_path: Path) -> None:
+    """What is still to come is said; once it has come, the next row is there at once."""
+    write(tmp_path / "a.parquet", {**prompts(600), "n": list(range(600))})
+    (shard,), schema, _ = planned(tmp_path, PROMPT)
+    with ShardReader(shard, schema) as reader:
+        for ordinal in range(600):
+            if (coming := reader.coming) is not None:
+                coming.result()
+            assert reader.coming is None
+            assert next(reader).ordinal == ordinal
+        assert list(reader) == [] and reader.coming is None

@@ -239,8 +239,8 @@ class Script:
         self._vocab_size = vocab_size
 
     def __call__(self, batch: Any, state: object) -> torch.Tensor:
-        logits = torch.full((len(batch.logit_rows), self._vocab_size), -1.0)
-        if len(batch.logit_rows):
+        logits = torch.full((len(batch.token_ids[batch.logit_rows]), self._vocab_size), -1.0)
+        if len(logits):
             logits[:, self._wanted.pop(0) if self._wanted else 0] = 9.0
         return logits
 

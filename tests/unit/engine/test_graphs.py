@@ -111,6 +111,21 @@ def test_steps_with_prompts_are_not_replayed(random_folder: Path) -> None:
     assert recorder.replayed == [1, 0]
 
 
+def test_warming_up_writes_to_scratch_alone(random_folder: Path) -> None:
+    """The steps by which kernels are compiled leave every slot and block but the scratch ones, and
+    a CPU has none of them; what compiling takes is a part of what loading takes."""
+    engine = make_engine(random_folder, max_sequences=2)
+    runner = engine.runner
+    pools = (runner.state.conv, runner.state.ssm, runner.state.keys, runner.state.values)
+    runner.warm_up(100)
+    assert all(pool.isnan().all() for pool in pools)
+    with torch.inference_mode():
+        runner._run_scratch((50, 1))
+    assert all(pool[:, 1:].isnan().all() for pool in pools)
+    assert not runner.state.ssm[:, 0].isnan().any()
+    assert 0 <= engine.compile_seconds <= engine.load_seconds
+
+
 def test_deterministic_engines_record_one_size(random_folder: Path) -> None:
     """Each sequence has its own pass, with the same bits as without recordings."""
     options = {"deterministic": True, "max_sequences": 3}

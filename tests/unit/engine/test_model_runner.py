@@ -11,12 +11,15 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.memory import BLOCK_SIZE
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Request
-from batchrun.model.batch import Batch
+from batchrun.model.batch import Batch, DecodeBatch
 from tests.unit.engine.support import make_engine, run
+from tests.unit.model.ops.batches import native_ops
 
 
 def record(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    """The batches of all steps from now on."""
+    """The batches of all steps from now on, all of them as operators need them that follow no
+    tables."""
+    monkeypatch.setattr(engine.runner, "_follows_tables", False)
     model, batches = engine.runner.model, []
 
     def recording(batch: Batch, state: object) -> object:
@@ -49,6 +52,25 @@ def test_decodes_stand_before_prefills_and_only_wanted_logits_are_made(
     assert (second.num_decodes, second.prefill_lens, second.context_lens) == (1, (7,), (3, 5))
     assert second.logit_rows.tolist() == [0, 7]
     assert (third.num_decodes, third.prefill_lens, third.context_lens) == (2, (), (4, 12))
+
+
+def test_decodes_alone_are_described_by_tensors(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the operators follow the tables, steps of decodes alone lay nothing out, and the
+    outputs are the same."""
+    native_ops()  # skips where the plain operators run
+    outputs, kinds = [], []
+    for follows in (True, False):
+        engine = make_engine(random_folder, max_sequences=4, max_batch_tokens=8)
+        assert engine.runner._follows_tables
+        batches = record(engine, monkeypatch)
+        monkeypatch.setattr(engine.runner, "_follows_tables", follows)
+        done = run(engine, requests(3, 12, 5, 40, 2))
+        outputs.append({key: output.token_ids for key, output in done.items()})
+        kinds.append({type(batch) for batch in batches})
+    assert outputs[0] == outputs[1]
+    assert kinds == [{Batch, DecodeBatch}, {Batch}]
 
 
 def test_slots_and_blocks_are_nobody_elses(

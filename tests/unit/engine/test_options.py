@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from batchrun.engine.options import EngineOptions
 from batchrun.errors import RequestError
+from batchrun.model.config import load_config
+from tests.unit.engine.support import TINY
 
 
 def test_auto_is_float32_on_a_cpu() -> None:
@@ -47,3 +52,29 @@ def test_a_bad_option_is_named(name: str, value: object) -> None:
     """With the value that was given."""
     with pytest.raises(RequestError, match=name):
         EngineOptions(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "stored", "hidden_size", "is_fast", "dtype"),
+    [
+        ({}, "bfloat16", 8192, True, "bfloat16"),
+        ({}, "bfloat16", 8192, False, "auto"),
+        ({}, "float32", 8192, True, "auto"),
+        ({}, "bfloat16", 64, True, "auto"),
+        ({"deterministic": True}, "bfloat16", 8192, True, "auto"),
+        ({"dtype": "float32"}, "bfloat16", 8192, True, "float32"),
+        ({"kv_dtype": "float32"}, "bfloat16", 8192, True, "auto"),
+    ],
+)
+def test_auto_is_bfloat16_where_that_is_stored_and_fast(
+    options: dict[str, Any],
+    stored: str,
+    hidden_size: int,
+    is_fast: bool,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For a large model on a CPU with units for it, and never against what was asked for."""
+    monkeypatch.setattr("batchrun.engine.options.has_fast_bfloat16", lambda: is_fast)
+    config = replace(load_config(TINY), torch_dtype=stored, hidden_size=hidden_size)
+    assert EngineOptions(device="cpu", **options).resolved(config).dtype == dtype

@@ -93,6 +93,27 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
         assert float(((counts - expected) ** 2 / expected).sum()) < 24  # 4 degrees, 1 in 10,000
 
 
+@pytest.mark.parametrize("vocab_size", [512, 700])
+def test_every_token_of_a_large_vocabulary_comes_in_its_turn(vocab_size: int) -> None:
+    """The token is the one at which the running sum of probabilities passes the random number,
+    wherever in the vocabulary it is; what has no probability never comes."""
+    places = [0, 255, 256, 300, vocab_size - 1]
+    weights = torch.tensor([0.2, 0.1, 0.3, 0.15, 0.25], dtype=torch.float64)
+    logits = torch.full((vocab_size,), -torch.inf)
+    logits[places] = weights.log().float()
+    count = 500
+    one = SamplingParams(temperature=1.0)
+    keys, positions = [stream_key(3, 0)] * count, list(range(count))
+    rows = logits.repeat(count, 1)
+
+    got = sample(rows, [one] * count, positions=positions, keys=keys).token_ids
+    numbers = uniform(torch.tensor(keys), torch.tensor(positions))
+    turns = torch.searchsorted(weights.cumsum(0), numbers, right=True)
+    near = (numbers[:, None] - weights.cumsum(0)).abs().amin(1) < 1e-6
+    assert not near.any()
+    assert got == [places[turn] for turn in turns]
+
+
 @pytest.mark.parametrize(
     ("params", "kept"),
     [
