@@ -72,15 +72,29 @@ class Grant:
 
 
 class Backlog:
-    """Everything that no worker has. ``num_rows`` counts rows in line, without suspects."""
+    """Everything that no worker has. ``num_rows`` counts rows in line, without suspects.
 
-    def __init__(self, shards: Mapping[int, Shard], waiting: Iterable[int]) -> None:
+    ``todo`` are shards of which only some rows have to run: the others are done already.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[int, Shard],
+        waiting: Iterable[int],
+        todo: Mapping[int, Rows] | None = None,
+    ) -> None:
         self._shards = shards
+        self._todo = todo or {}
         self.queue: OrderedDict[int, None] = OrderedDict.fromkeys(waiting)
         self.open: dict[int, OpenShard] = {}
         self.suspects: dict[int, None] = {}  # open shards that have groups, oldest first
         self.num_groups = 0
-        self.num_rows = sum(shards[number].num_rows for number in self.queue)
+        self.num_rows = sum(len(self._rows_of(number)) for number in self.queue)
+
+    def _rows_of(self, number: int) -> Rows:
+        """The rows of a shard that have to run."""
+        rows = self._todo.get(number)
+        return Rows.all(self._shards[number].num_rows) if rows is None else rows
 
     # -- rows in line ----------------------------------------------------------------------
 
@@ -96,11 +110,11 @@ class Backlog:
         item = self.open.get(number)
         size = max(min_rows, self.num_rows // (2 * num_workers))
         if item is None:
-            num_rows = self._shards[number].num_rows
-            if num_workers == 1 or 2 * num_rows <= 3 * size:
-                self._unqueue(number, num_rows)
-                return Grant(number, Rows.all(num_rows), whole=True)
-            item = self.open[number] = OpenShard(waiting=Rows.all(num_rows))
+            rows = self._rows_of(number)
+            if num_workers == 1 or 2 * len(rows) <= 3 * size:
+                self._unqueue(number, len(rows))
+                return self._assembly(number)
+            item = self.open[number] = OpenShard(waiting=rows)
         elif not item.waiting:
             self._unqueue(number, 0)
             return self._assembly(number)
@@ -132,7 +146,7 @@ class Backlog:
         if grant.group is not None:
             self._suspect(grant.shard, self._opened(grant.shard), [grant.group])
         elif item is None:
-            self._queue_first(grant.shard, len(grant.rows))
+            self._queue_first(grant.shard, len(self._rows_of(grant.shard)))
         elif grant.whole:
             self._queue_first(grant.shard, 0)
         else:
@@ -157,8 +171,8 @@ class Backlog:
         """A shard is done or has failed: forget what is known of it. May be called twice."""
         item = self.open.pop(number, None)
         if number in self.queue:
-            rows = self._shards[number].num_rows if item is None else len(item.waiting)
-            self._unqueue(number, rows)
+            num_rows = len(self._rows_of(number) if item is None else item.waiting)
+            self._unqueue(number, num_rows)
         if item is not None:
             self.num_groups -= len(item.groups)
             self.suspects.pop(number, None)
@@ -169,10 +183,10 @@ class Backlog:
         queued = number in self.queue
         if item is None and not keep:
             if queued:
-                self._unqueue(number, self._shards[number].num_rows)
+                self._unqueue(number, len(self._rows_of(number)))
             return
         if item is None:
-            item = self.open[number] = OpenShard(waiting=Rows.all(self._shards[number].num_rows))
+            item = self.open[number] = OpenShard(waiting=self._rows_of(number))
         if queued:
             self._unqueue(number, len(item.waiting))
         item.waiting, item.held = item.waiting & keep, item.waiting - keep
@@ -186,7 +200,7 @@ class Backlog:
             item = self.open.get(number)
             if item is None:
                 self.queue[number] = None
-                self.num_rows += self._shards[number].num_rows
+                self.num_rows += len(self._rows_of(number))
             elif item.held:
                 held, item.held = item.held, Rows()
                 self.queue.setdefault(number)
@@ -236,7 +250,7 @@ class Backlog:
         number = grant.shard
         item = self._opened(number)
         guilty = (strike.rows.get(number, Rows()) & grant.rows) - Rows.of(item.lost)
-        innocent = grant.rows - guilty - Rows.of(item.lost)
+        innocent = (grant.rows & self._rows_of(number)) - guilty - Rows.of(item.lost)
         if grant.whole and item.complete:
             innocent = Rows()  # they are in the journal
         is_left = bool(grant.rows) and not (grant.whole and item.complete)
@@ -277,7 +291,7 @@ class Backlog:
                 if number in self.queue:
                     of_shard.setdefault(number, []).append(strike)
         for number, found in of_shard.items():
-            everything = Rows.all(self._shards[number].num_rows)
+            everything = self._rows_of(number)
             item = OpenShard()
             groups: list[Group] = []
             left = everything

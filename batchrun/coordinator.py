@@ -105,7 +105,8 @@ class RunState:
     ``max_workers`` are asked for at once; ``min_workers`` (all of them when it is None) are
     counted on when work is shared out. ``max_failed_rows`` is a count, or a fraction of all rows
     when it is below 1; ``max_retries`` is how often more than once a row may outlive a worker
-    that ran it alone. ``strikes`` are deaths that earlier drivers wrote down. ``canary_rows`` run
+    that ran it alone. ``todo`` are shards of which only some rows have to run, as the others are
+    known. ``strikes`` are deaths that earlier drivers wrote down. ``canary_rows`` run
     first, on one worker; ``num_samples`` is how many samples a row has. A lease is given to a
     second, idle worker when it is older than ``speculate_after_s``: before its first journal
     there is nothing that the second could begin with.
@@ -121,6 +122,7 @@ class RunState:
         min_workers: int | None = None,
         max_failed_rows: float = 0,
         max_retries: int = 2,
+        todo: Mapping[int, Rows] | None = None,
         strikes: Iterable[Strike] = (),
         canary_rows: int = 0,
         num_samples: int = 1,
@@ -135,7 +137,7 @@ class RunState:
         self.crew = Crew()
         self.finished = False
         self.backlog = Backlog(
-            self.shards, (number for number in self.shards if number not in self.done)
+            self.shards, (number for number in self.shards if number not in self.done), todo
         )
         self._epoch = epoch
         self._max_workers = max_workers

@@ -8,6 +8,7 @@ surprises of YAML 1.1; see :mod:`batchrun.jobscalars`.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,18 @@ def read_job_file(
         places=reader.places,
         problems=tuple(reader.problems),
         broken=frozenset(reader.broken),
+    )
+
+
+def override_job(raw: Mapping[str, object], overrides: Sequence[str], name: str) -> JobSource:
+    """A job that is at hand as nested dictionaries, with ``key.path=value`` of the command line
+    put on top; problems of all else have ``name`` for their place."""
+    reader = _Reader(name, os.environ)
+    values = copy.deepcopy(dict(raw))
+    for override in overrides:
+        reader.override(values, override)
+    return JobSource(
+        reader.name, values, reader.places, tuple(reader.problems), frozenset(reader.broken)
     )
 
 

@@ -7,9 +7,9 @@ sampled so far, go to the journal of the shard; so do those of a whole lease tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 from batchrun.data.journal import Journal, Running
@@ -20,6 +20,7 @@ from batchrun.engine.request import Request
 from batchrun.errors import StorageError
 from batchrun.records import Completion, Counts, Generated, Lease, Part, Row, Shard
 from batchrun.reports import RunningLease
+from batchrun.scores import Verdict
 
 MAX_UNSAVED_BYTES = 4 << 20
 """So much text of finished rows is journaled before its time."""
@@ -58,6 +59,8 @@ class OpenRow:
     prefix_tokens: dict[int, int] = field(default_factory=dict)  # of samples
     num_known: dict[int, int] = field(default_factory=dict)  # tokens that samples came with
     num_retries: dict[int, int] = field(default_factory=dict)  # of samples
+    kept: frozenset[int] = frozenset()  # samples that were there before and are scored again
+    is_known: bool = False  # all samples were there before
     num_scoring: int = 0  # samples that wait for their verdict
     finished: list[Completion] = field(default_factory=list)
 
@@ -103,6 +106,7 @@ class OpenLease:
         self.opening = opening
         self.journal = Journal()
         self.writer: PartWriter | None = None
+        self._verdicts: dict[tuple[int, int], Verdict] = {}
         self._is_open = False
         self.at_end = False
         self.num_open = 0
@@ -128,7 +132,8 @@ class OpenLease:
             return self._is_open
         self.journal = self.opening.result()
         if self.lease.whole:
-            self.writer = PartWriter(self.reader, part_format, journaled=self.journal.finished)
+            journaled = _Scored(self.journal.finished, self._verdicts)
+            self.writer = PartWriter(self.reader, part_format, journaled=journaled)
         self._is_open = True
         return True
 
@@ -188,6 +193,14 @@ class OpenLease:
         saved = self._sampled.pop((completion.ordinal, completion.sample), 0)
         num_tokens = completion.reasoning_tokens + completion.completion_tokens
         self._num_tokens += max(0, num_tokens - max(saved, num_known))
+
+    def keep(self, completion: Completion) -> None:
+        """A sample that the journal has; its verdict may be newer."""
+        key = (completion.ordinal, completion.sample)
+        if self.writer is not None:
+            if completion.verdict is not None and self.journal.finished[key].verdict is None:
+                self._verdicts[key] = completion.verdict
+            self.writer.add_journaled(*key)
 
     def count(self, counts: Counts) -> None:
         """A row is finished that was not in the journal."""
@@ -270,6 +283,31 @@ class OpenLease:
         """Close and verify the part; in the publisher's thread."""
         assert self.writer is not None
         return self.writer.finish()
+
+
+class _Scored(Mapping[tuple[int, int], Completion]):
+    """Finished samples with the verdicts that they did not bring; the texts stay where they are."""
+
+    def __init__(
+        self,
+        finished: Mapping[tuple[int, int], Completion],
+        verdicts: Mapping[tuple[int, int], Verdict],
+    ) -> None:
+        self._finished = finished
+        self._verdicts = verdicts
+
+    def __getitem__(self, key: tuple[int, int]) -> Completion:
+        completion, verdict = self._finished[key], self._verdicts.get(key)
+        return completion if verdict is None else replace(completion, verdict=verdict)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._finished
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._finished)
+
+    def __len__(self) -> int:
+        return len(self._finished)
 
 
 def _ordinal(item: RunningSample) -> int:

@@ -32,7 +32,7 @@ from batchrun.data.schema import InputSchema
 from batchrun.data.traffic import traffic
 from batchrun.data.writer import PartFile, PartFormat
 from batchrun.engine.engine import Engine, RunningSample
-from batchrun.engine.request import Output
+from batchrun.engine.request import Output, Request
 from batchrun.errors import ShardError
 from batchrun.evaluate import ScoreSpec
 from batchrun.job import Job
@@ -76,6 +76,7 @@ _WINDOW = 1.25  # requests in the engine, running and waiting, for each sequence
 _LOOKAHEAD = 16  # the same, as long as what waits is small: the order is better the more is known
 _MAX_WAITING_TOKENS = 1 << 18  # about 10 MiB, with the texts
 _MAX_HELD_BYTES = 64 << 20  # carried columns of rows that are not written yet
+_MOST_HELD_BYTES = 512 << 20  # the same, where the engine may run dry
 _MAX_ROWS_A_TURN = 256  # rows read between two engine steps: a call stays short on bad rows
 _SCORES_S = 2.0  # for scores that are on their way when the work has to stop
 
@@ -104,12 +105,15 @@ class Pipeline:
         known: Callable[[Lease], Iterator[Generated | None]] | None = None,
         journals: Journals | None = None,
         flight: Flight | None = None,
+        keeps_finished: bool = False,
     ) -> None:
         """``publish`` puts a finished part in its place and returns what stands there then.
 
         ``known`` gives what another run has generated for the samples of a lease's shard, in
         order; it may end early. Without ``journals`` only whole leases can be run. ``flight`` has
-        room for as many rows as the engine runs and :data:`BUILD_ROWS`.
+        room for as many rows as the engine runs and :data:`BUILD_ROWS`. With ``keeps_finished``
+        the journals begin with samples of parts that are made anew; they stay even where the rest
+        of their row is lost.
         """
         self._job = job
         self._engine = engine
@@ -117,6 +121,7 @@ class Pipeline:
         self._known = known
         self._journals = journals
         self._flight = flight
+        self._keeps_finished = keeps_finished
         self._before = engine.stats()
         self._schema = schema
         self._format = part_format
@@ -263,12 +268,14 @@ class Pipeline:
         num_requests = self._num_in_engine + (num_rows + 1) * self._format.n
         if len(self._scoring) > self._window:
             return False
+        held_bytes = sum(item.reader.held_bytes for item in self._leases)
         if num_requests <= self._window:
-            return True
+            # Rows that need no request are held too, behind one that takes long.
+            return held_bytes < _MOST_HELD_BYTES or not self._engine.num_unfinished
         return (
             num_requests <= self._lookahead
             and self._engine.num_waiting_tokens < _MAX_WAITING_TOKENS
-            and sum(item.reader.held_bytes for item in self._leases) < _MAX_HELD_BYTES
+            and held_bytes < _MAX_HELD_BYTES
         )
 
     # -- rows into the engine ------------------------------------------------------------------
@@ -316,31 +323,57 @@ class Pipeline:
 
     def _add(self, item: OpenLease, row: Row) -> None:
         n = self._format.n
-        lost = item.lease.lost.get(row.ordinal)
-        if lost is not None:
-            self._end_at_once(item, row, RowError(ErrorKind.WORKER_LOST, lost), range(n))
+        message = item.lease.lost.get(row.ordinal)
+        lost = None if message is None else RowError(ErrorKind.WORKER_LOST, message)
+        if lost is not None and not self._keeps_finished:
+            self._end_at_once(item, row, lost, range(n))
             return
-        journaled = [
-            sample for sample in range(n) if (row.ordinal, sample) in item.journal.finished
-        ]
-        if item.writer is not None:
-            for sample in journaled:
-                item.writer.add_journaled(row.ordinal, sample)
-        finished = [item.journal.finished[row.ordinal, sample] for sample in journaled]
+        journaled = item.journal.finished
+        keys = [(row.ordinal, sample) for sample in range(n)]
+        found = [journaled[key] for key in keys if key in journaled]
+        finished, unscored = self._score_kept(item, row, found)
         if len(finished) == n:
             item.known += self._format.count(finished)
             return
-        missing = [sample for sample in range(n) if sample not in journaled]
-        requests = self._requests.build(item.lease, row, item.take_known(row, missing, n))
+        missing = sorted(set(range(n)) - {completion.sample for completion in found})
+        requests: list[Request] | RowError = []
+        if missing:
+            known = item.take_known(row, missing, n)
+            requests = lost or self._requests.build(item.lease, row, known)
         if isinstance(requests, RowError):
+            for completion in unscored:
+                verdict = self._scorer.submit(self._verdict, completion, row).result()
+                finished.append(replace(completion, verdict=verdict))
+                item.keep(finished[-1])
             self._end_at_once(item, row, requests, missing, finished)
             return
-        key = (item.lease.attempt, row.ordinal)
         owed = {request.sample: request for request in requests}
-        self._rows[key] = OpenRow(item, row, owed, self._clock(), finished=finished)
+        kept = frozenset(completion.sample for completion in unscored)
+        open_row = OpenRow(
+            item, row, owed, self._clock(), kept=kept, is_known=not missing, finished=finished
+        )
+        self._rows[open_row.key] = open_row
         item.num_open += 1
+        for completion in unscored:
+            self._start_scoring(open_row, completion)
         for request in requests:
             self._engine.add(request)
+
+    def _score_kept(
+        self, item: OpenLease, row: Row, found: Iterable[Completion]
+    ) -> tuple[list[Completion], list[Completion]]:
+        """Take samples that the journal has; the second are those that still need a verdict, as
+        they came from a part, and that takes time."""
+        finished: list[Completion] = []
+        unscored: list[Completion] = []
+        for completion in found:
+            is_slow = self._judge is not None and not self._judge.is_quick
+            if is_slow and completion.verdict is None and completion.completion is not None:
+                unscored.append(completion)
+                continue
+            finished.append(self._scored(completion, row.answer))
+            item.keep(finished[-1])
+        return finished, unscored
 
     def _end_at_once(
         self,
@@ -411,9 +444,17 @@ class Pipeline:
         if self._judge is None or self._judge.is_quick or completion.completion is None:
             self._record(open_row, completion)
             return
+        self._start_scoring(open_row, completion)
+
+    def _start_scoring(self, open_row: OpenRow, completion: Completion) -> None:
         open_row.num_scoring += 1
-        future = self._scorer.submit(self._judge.judge, completion.completion, open_row.row.answer)
+        future = self._scorer.submit(self._verdict, completion, open_row.row)
         self._scoring[future] = (open_row, completion)
+
+    def _verdict(self, completion: Completion, row: Row) -> Verdict:
+        """In the scorer's thread."""
+        assert self._judge is not None
+        return self._judge.judge(completion.completion, row.answer)
 
     def _take_verdicts(self, timeout_s: float) -> None:
         """Samples whose verdict is there go on; waits so long for one to come."""
@@ -436,19 +477,32 @@ class Pipeline:
     def _record(self, open_row: OpenRow, completion: Completion) -> None:
         owner = open_row.owner
         completion = self._scored(completion, open_row.row.answer)
-        owner.add(completion, open_row.num_known.get(completion.sample, 0))
         open_row.finished.append(completion)
+        if completion.sample in open_row.kept:
+            owner.keep(completion)
+            self._end_row(open_row)
+            return
+        owner.add(completion, open_row.num_known.get(completion.sample, 0))
         prefix_tokens = open_row.prefix_tokens.get(completion.sample, 0)
         self._recorder.add(TOKENS, completion.prompt_tokens - prefix_tokens, kind="prompt")
         self._recorder.add(TOKENS, prefix_tokens, kind="prefix_cached")
         self._recorder.add(TOKENS, completion.reasoning_tokens, kind="reasoning")
         self._recorder.add(TOKENS, completion.completion_tokens, kind="completion")
         self._recorder.add(BUDGET_HITS, int(completion.thinking_budget_hit))
-        if open_row.is_done:
-            owner.count(self._format.count(in_order(open_row.finished)))
-            self._forget(open_row)
-            seconds = self._clock() - open_row.added_at - (open_row.queued_s or 0.0)
-            self._recorder.observe(ROW_SECONDS, max(0.0, seconds))
+        self._end_row(open_row)
+
+    def _end_row(self, open_row: OpenRow) -> None:
+        """Count a row that has all its samples."""
+        if not open_row.is_done:
+            return
+        counts = self._format.count(in_order(open_row.finished))
+        self._forget(open_row)
+        if open_row.is_known:
+            open_row.owner.known += counts
+            return
+        open_row.owner.count(counts)
+        seconds = self._clock() - open_row.added_at - (open_row.queued_s or 0.0)
+        self._recorder.observe(ROW_SECONDS, max(0.0, seconds))
 
     def _forget(self, open_row: OpenRow) -> None:
         """The row is not in the engine any more."""

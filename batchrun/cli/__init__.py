@@ -32,6 +32,7 @@ COMMANDS = {
     "plan": "Say what a run would take: rows, tokens, memory, hours, cost.",
     "status": "Show how far a run is, from its output alone.",
     "report": "Write what a run did as one HTML page.",
+    "retry": "Run the rows that failed again, and put their parts anew.",
     "verify": "Prove that an output holds every row once.",
     "discard": "Delete a run's parts and bookkeeping.",
     "schedule": "Print the crontab line or Kubernetes objects that run a job on its schedule.",
@@ -42,8 +43,6 @@ COMMANDS = {
 
 # A module of this package called `list` would take the builtin's name in here.
 _MODULES = {"list": "listing"}
-
-PLANNED = ("retry",)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
@@ -179,8 +178,6 @@ def _lower(message: str) -> str:
 
 
 def _no_such_command(name: str) -> click.UsageError:
-    if name in PLANNED:
-        return click.UsageError(f"the command {name} is not available in this version")
     close = nearest(name, COMMANDS)
     return click.UsageError(
         f"no such command {name!r}" + (f", did you mean {close}?" if close else "")

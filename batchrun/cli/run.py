@@ -7,7 +7,7 @@ import os
 import click
 
 from batchrun.cli.options import debug_option, job_argument, json_option, set_option
-from batchrun.cli.runner import RunOptions, run_and_report, run_options
+from batchrun.cli.runner import RunOptions, keep_option, run_and_report, run_options
 
 
 @click.command(epilog="Example: batchrun run jobs/classify.yaml --address ray-head:6379")
@@ -18,6 +18,7 @@ from batchrun.cli.runner import RunOptions, run_and_report, run_options
     metavar="URL",
     help="The Ray cluster; default: ray.address of the job, RAY_ADDRESS, or the one on this node.",
 )
+@keep_option
 @run_options
 @json_option
 @debug_option
@@ -25,6 +26,7 @@ def command(
     job_path: str,
     overrides: tuple[str, ...],
     address: str | None,
+    keep_finished: bool,
     deterministic: bool,
     quiet: bool,
     as_json: bool,
@@ -39,4 +41,5 @@ def command(
     source = read_job_file(job_path, overrides)
     job = parse_job(source)
     where = address or job.ray.address or os.environ.get("RAY_ADDRESS") or "auto"
-    return run_and_report(job, source, where, RunOptions(as_json, quiet, deterministic))
+    options = RunOptions(as_json, quiet, deterministic, keep_finished)
+    return run_and_report(job, source, where, options)

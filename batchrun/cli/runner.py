@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,18 +19,19 @@ from batchrun.cli.progress import ProgressView, duration
 from batchrun.cli.scores import score_lines
 
 if TYPE_CHECKING:
-    from batchrun.cluster.summary import Summary
+    from batchrun.cluster.summary import Retried, Summary
     from batchrun.job import Job
     from batchrun.jobfile import JobSource
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a run is shown, and whether it is deterministic."""
+    """How a run is shown, whether it is deterministic, and whether another job's parts stay."""
 
     as_json: bool
     quiet: bool
     deterministic: bool
+    keep_finished: bool = False
 
 
 def run_options(command: Any) -> Any:
@@ -43,20 +44,38 @@ def run_options(command: Any) -> Any:
     return click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")(command)
 
 
+def keep_option(command: Any) -> Any:
+    """Adds ``--keep-finished``."""
+    return click.option(
+        "--keep-finished",
+        is_flag=True,
+        help="For a job that changed: keep the parts that are finished, run the rest with it.",
+    )(command)
+
+
 def run_and_report(job: Job, source: JobSource, address: str | None, options: RunOptions) -> int:
     """Run the job in the foreground; the exit code. Errors of the run are raised."""
-    with stop_on_signals() as stop, ProgressView(quiet=options.quiet) as view:
-        from batchrun.cluster.driver import run_job
+    from batchrun.cluster.driver import run_job
 
+    def run(stop: threading.Event, view: ProgressView) -> Summary:
+        return run_job(
+            job,
+            source=source,
+            address=address,
+            deterministic=options.deterministic,
+            keep_finished=options.keep_finished,
+            stop=stop,
+            view=view,
+        )
+
+    return report(run, options)
+
+
+def report(run: Callable[[threading.Event, ProgressView], Summary], options: RunOptions) -> int:
+    """Have ``run`` do its work in the foreground, and say how it ended; the exit code."""
+    with stop_on_signals() as stop, ProgressView(quiet=options.quiet) as view:
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what befell its daemons
-            summary = run_job(
-                job,
-                source=source,
-                address=address,
-                deterministic=options.deterministic,
-                stop=stop,
-                view=view,
-            )
+            summary = run(stop, view)
     if options.as_json:
         echo_json(summary.to_json())
     if summary.error is not None:
@@ -92,7 +111,9 @@ def summary_text(summary: Summary) -> str:
     lines = [f"done: {counts.rows:,} rows in {summary.output}"]
     if summary.failed_rows:
         lines[0] += f", {summary.failed_rows:,} of them failed (see the column `error`)"
-    if summary.generated_rows < counts.rows:
+    if summary.retried is not None:
+        lines += _retried_lines(summary.retried)
+    elif summary.generated_rows < counts.rows:
         lines.append(f"  {summary.generated_rows:,} of them in this submit")
     tokens = f"{counts.reasoning_tokens:,} of reasoning, {counts.completion_tokens:,} of completion"
     lines.append(f"  tokens: {counts.prompt_tokens:,} of prompt, {tokens}")
@@ -116,3 +137,14 @@ def summary_text(summary: Summary) -> str:
             f"{summary.discarded_tokens:,} tokens generated again"
         )
     return "\n".join(lines)
+
+
+def _retried_lines(retried: Retried) -> list[str]:
+    if retried.rows:
+        lines = [f"  {retried.done:,} rows were tried again, {retried.healed:,} of them healed"]
+    else:
+        lines = [f"  no row failed with {retried.names}: nothing to retry"]
+    if retried.unfinished_shards:
+        left = f"{retried.unfinished_shards:,} shards are not finished yet"
+        lines.append(f"  {left}: submit the job to run them")
+    return lines

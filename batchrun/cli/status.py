@@ -43,13 +43,18 @@ def open_output(where: str) -> Store:
     """The output that ``where`` names, directly or by its job file."""
     from batchrun.data.store import Store
 
-    if where.endswith((".yaml", ".yml")) or Path(where).is_file():
+    if names_a_job(where):
         from batchrun.job import parse_job
         from batchrun.jobfile import read_job_file
 
         output = parse_job(read_job_file(where, ())).output
         return Store.open(output.path, output.storage_options)
     return Store.open(where)
+
+
+def names_a_job(where: str) -> bool:
+    """Whether this is the path of a job file, not of an output."""
+    return where.endswith((".yaml", ".yml")) or Path(where).is_file()
 
 
 def status_json(url: str, status: RunStatus) -> dict[str, object]:
@@ -73,6 +78,7 @@ def status_json(url: str, status: RunStatus) -> dict[str, object]:
             "total": status.num_shards,
             "done": status.shards_done,
             "failed": {str(number): why for number, why in status.failed_shards.items()},
+            "kept": dict(status.kept),
         },
         **counts,
         "evaluation": None if scores is None else scores.report(),
@@ -98,6 +104,8 @@ def status_text(url: str, status: RunStatus) -> str:
         f"  tokens  {counts.prompt_tokens:,} of prompt, {counts.reasoning_tokens:,} of reasoning, "
         f"{counts.completion_tokens:,} of completion",
     ]
+    for run, count in status.kept.items():
+        lines.append(f"  kept    {count:,} of them of the job before (run {run})")
     if status.journaled_rows:
         lines.append(f"  journal {status.journaled_rows:,} of the rows wait for the next submit")
     if counts.scores is not None:

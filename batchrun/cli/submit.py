@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from batchrun.cli import echo_error
 from batchrun.cli.options import debug_option, echo_json, job_argument, json_option, set_option
-from batchrun.cli.runner import RunOptions, run_and_report, run_options
+from batchrun.cli.runner import RunOptions, keep_option, run_and_report, run_options
 from batchrun.errors import BatchrunError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="On a cluster: do not look at input, model and output from here.",
 )
+@keep_option
 @run_options
 @json_option
 @debug_option
@@ -43,6 +45,7 @@ def command(
     address: str | None,
     wait: bool,
     skip_checks: bool,
+    keep_finished: bool,
     deterministic: bool,
     quiet: bool,
     as_json: bool,
@@ -63,28 +66,39 @@ def command(
     job = parse_job(source)
     where = address or job.ray.address or os.environ.get("RAY_ADDRESS")
     if where:
-        run_id = "" if skip_checks else _checked(job, source)
-        return _submit(job, where, run_id, wait=wait, deterministic=deterministic, as_json=as_json)
+        run_id = "" if skip_checks else _checked(job, source, keep_finished=keep_finished)
+        flags = ["--deterministic"] if deterministic else []
+        flags += ["--keep-finished"] if keep_finished else []
+        return submit_to(where, job, "run", flags, run_id=run_id, wait=wait, as_json=as_json)
     if wait or skip_checks:
         flag = "--wait" if wait else "--skip-checks"
         raise click.UsageError(f"{flag} is for a cluster: give --address")
-    return run_and_report(job, source, None, RunOptions(as_json, quiet, deterministic))
+    options = RunOptions(as_json, quiet, deterministic, keep_finished)
+    return run_and_report(job, source, None, options)
 
 
-def _checked(job: Job, source: JobSource) -> str:
+def _checked(job: Job, source: JobSource, *, keep_finished: bool) -> str:
     """The id of the run, once everything that can be known beforehand is right."""
     from batchrun.cluster.opening import check
 
-    return check(job, source).run
+    return check(job, source, keep_finished=keep_finished).run
 
 
-def _submit(
-    job: Job, address: str, run_id: str, *, wait: bool, deterministic: bool, as_json: bool
+def submit_to(
+    address: str,
+    job: Job,
+    command: str,
+    flags: Sequence[str],
+    *,
+    run_id: str = "",
+    wait: bool,
+    as_json: bool,
 ) -> int:
+    """Start ``batchrun COMMAND`` for a job on the cluster with this dashboard; the exit code."""
     from batchrun.cluster.jobs import ClusterJobs
 
     jobs = ClusterJobs(address)
-    job_id = jobs.submit(job, run_id=run_id, deterministic=deterministic)
+    job_id = jobs.submit(job, run_id=run_id, command=command, flags=flags)
     if not as_json:
         click.echo(f"{job_id}\n{jobs.url(job_id)}")
     if not wait:

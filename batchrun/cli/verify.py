@@ -37,4 +37,6 @@ def command(where: str, as_json: bool) -> int:
             f"  {verdict.num_rows:,} rows in {verdict.num_parts:,} parts, "
             f"{verdict.counts.failed_rows:,} of them failed"
         )
+        for run, count in verdict.kept.items():
+            click.echo(f"  {count:,} of the parts are of the job before (run {run})")
     return 1 if verdict.problems else 0

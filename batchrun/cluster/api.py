@@ -19,13 +19,15 @@ def run(
     overrides: Sequence[str] = (),
     address: str | None = None,
     deterministic: bool = False,
+    keep_finished: bool = False,
 ) -> Summary:
     """Run a job and return its summary.
 
     ``job`` is the path of a job file (``overrides`` are then like ``--set`` of the command line),
     the same as nested dictionaries, or a job that was parsed already. ``address`` None starts a
     Ray on this machine and stops it again, unless this process is connected to a cluster: then
-    that one is used. ``address="auto"`` or a URL joins a cluster.
+    that one is used. ``address="auto"`` or a URL joins a cluster. ``keep_finished`` is
+    ``--keep-finished``: of another job's run in the output the finished parts stay.
 
     A run in which too many rows failed has a summary like any other: look at its ``exit_code``.
 
@@ -42,7 +44,13 @@ def run(
         case _:
             source = read_job_file(str(Path(job)), tuple(overrides))
             parsed = parse_job(source)
-    summary = run_job(parsed, source=source, address=address, deterministic=deterministic)
+    summary = run_job(
+        parsed,
+        source=source,
+        address=address,
+        deterministic=deterministic,
+        keep_finished=keep_finished,
+    )
     finished = (OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES, OutcomeKind.CANARY_FAILED)
     if summary.error is not None and summary.outcome not in finished:
         raise summary.error

@@ -32,13 +32,14 @@ from batchrun.cluster.session import (
     ray_session,
     read_capacity,
 )
-from batchrun.cluster.summary import Summary
+from batchrun.cluster.summary import Retried, Summary, retry_text
 from batchrun.cluster.tally import Progress, Tally
 from batchrun.cluster.worker import TraceSource, WorkerSettings
 from batchrun.coordinator import RunState
 from batchrun.data import run as bookkeeping
 from batchrun.data.history import History, Moment, write_history
 from batchrun.data.lock import RunLock
+from batchrun.data.retry import Retry, apply_staged
 from batchrun.data.run import OpenedRun
 from batchrun.data.strikes import read_strikes, write_strike
 from batchrun.data.sweeper import JournalSweeper
@@ -86,7 +87,7 @@ from batchrun.metrics import (
     Recorder,
     RunMetrics,
 )
-from batchrun.records import Counts
+from batchrun.records import Counts, Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,6 +140,7 @@ def run_job(
     source: JobSource | None = None,
     address: str | None = None,
     deterministic: bool = False,
+    keep_finished: bool = False,
     stop: threading.Event | None = None,
     view: View | None = None,
 ) -> Summary:
@@ -146,7 +148,8 @@ def run_job(
 
     ``source`` gives problems their lines. ``address`` None starts a Ray on this machine, else
     that cluster is joined (``auto``: the one that runs here). ``deterministic`` makes the texts
-    equal to the byte however the work is spread.
+    equal to the byte however the work is spread. With ``keep_finished`` the finished parts of
+    another job's run in the output stay, and the rest runs with this one.
 
     Raises:
         BatchrunError: what keeps the run from beginning, or from going on: JobError, OutputError,
@@ -154,7 +157,7 @@ def run_job(
     """
     started = time.monotonic()
     view = view or NoView()
-    checked = check(job, source)
+    checked = check(job, source, keep_finished=keep_finished)
     with Cluster(job, address, view) as cluster:
         return run_checked(
             checked, cluster, started=started, deterministic=deterministic, stop=stop, view=view
@@ -324,21 +327,26 @@ class _Driver:
         self._started = started
         self._view = view
         self._stop = stop
+        self._retry = retry = opened.retry
+        todo = {} if retry is None else retry.rows
+        done = {number: part for number, part in opened.parts.items() if number not in todo}
         self._state = RunState(
             opened.shards,
-            opened.parts,
+            done,
             epoch=lock.epoch,
             max_workers=job.resources.most_workers,
             min_workers=job.resources.fewest_workers,
             max_failed_rows=job.errors.max_failed_rows,
             max_retries=job.errors.max_retries,
+            todo=todo,
             strikes=read_strikes(checked.store, checked.run),
-            canary_rows=job.errors.canary_rows,
+            canary_rows=0 if retry is not None else job.errors.canary_rows,
             num_samples=job.generation.n,
             limits=_limits(job),
         )
         self._sweeper = JournalSweeper(checked.store, checked.run)
-        self._tally = Tally(opened.total_rows, len(opened.shards), opened.parts)
+        kept = {number: _without(opened.parts[number], len(rows)) for number, rows in todo.items()}
+        self._tally = Tally(opened.total_rows, len(opened.shards), done, kept)
         self._metrics = RunMetrics(job.name, checked.run)
         self._ray_metrics: RayMetrics | None = None
         self._fleet: Fleet | None = None
@@ -354,10 +362,9 @@ class _Driver:
 
     def run(self, cluster: Cluster, deterministic: bool, source: TraceSource | None) -> Summary:
         """Work until the coordinator ends the run."""
-        if self._opened.parts and not self._stop.is_set():
-            done, total = self._tally.done().rows, self._tally.total_rows
-            self._view.say(f"resuming: {done:,} of {total:,} rows are done already")
         self._cluster = cluster
+        if not self._stop.is_set():
+            self._say_begin()
         commands = self._state.handle(RunStarted())
         if not self._state.finished:
             self._serve_metrics()
@@ -383,6 +390,14 @@ class _Driver:
                 cluster.check_alive(at_once=True)  # what failed may have failed for that
                 raise
         return self._end()
+
+    def _say_begin(self) -> None:
+        """What there is to do, where that is not simply everything."""
+        if self._retry is not None:
+            self._view.say(retry_text(self._retry))
+        elif self._opened.parts:
+            done, total = self._tally.done().rows, self._tally.total_rows
+            self._view.say(f"resuming: {done:,} of {total:,} rows are done already")
 
     def close(self) -> None:
         """End the workers and the metrics' endpoint. May be called twice."""
@@ -412,6 +427,7 @@ class _Driver:
             num_neighbours=cluster.num_neighbours(),
             deterministic=deterministic,
             source=source,
+            retry=self._retry,
         )
         return Fleet(settings, shape, job.errors.hang_timeout_s, spares=cluster.spares)
 
@@ -455,6 +471,9 @@ class _Driver:
         """The commands that hold also while a run is being stopped."""
         match command:
             case FailShard(shard, message):
+                if self._retry is not None:
+                    self._view.say(f"shard {shard.name} stays as it is: {message}")
+                    return
                 self._tally.fail(shard.number, shard.num_rows)
                 self._opened.directory.mark_failed(shard, message)
                 self._view.say(f"shard {shard.name} cannot be run: {message}")
@@ -516,6 +535,8 @@ class _Driver:
     def _events(self, worker: str, report: WorkReport) -> Iterator[Event]:
         """The ends of leases in a report, counted."""
         for done in report.done:
+            if done.part is not None and self._retry is not None:
+                self._replace(done.part, self._retry)
             self._tally.end(done)
             if done.part is not None:
                 self._sweeper.published(done.part.shard)
@@ -526,6 +547,12 @@ class _Driver:
         for returned in report.returned:
             self._tally.give_back(returned)
             yield LeaseReturned(worker, returned.attempt)
+
+    def _replace(self, part: Part, retry: Retry) -> None:
+        """Put a staged part in the place of the one that it was made from."""
+        if part.shard not in self._state.done:
+            self._lock.check()
+            apply_staged(self._checked.store, self._checked.run, part.shard, retry.number)
 
     def _count_loss(self, worker: str, cause: str) -> None:
         self._restarts += 1
@@ -640,13 +667,16 @@ class _Driver:
         self.close()
         if outcome.kind in (OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES):
             self._lock.check()
-            success = outcome.kind is OutcomeKind.SUCCESS
-            self._opened.directory.finish(
-                self._opened.shards, state.failed, success=success, known=state.done
-            )
+            self._finish(success=outcome.kind is OutcomeKind.SUCCESS)
         now = time.monotonic()
         progress = self._tally.progress(now, self._started, {})
         self._save(progress)
+        parts = {**self._opened.parts, **state.done}
+        counts = sum((part.counts for part in parts.values()), Counts())
+        retried = None
+        if self._retry is not None:
+            retried = Retried.of(self._retry, state.done, self._opened.num_unfinished)
+            outcome = replace(outcome, counts=counts, failed_rows=counts.failed_rows)
         self._observe(now, progress)
         generated = progress.generated
         summary = Summary(
@@ -671,12 +701,31 @@ class _Driver:
             restarts=self._restarts,
             elapsed_s=now - self._started,
             startup_s=(self._ready_at or now) - self._started,
+            retried=retried,
         )
         if self._fleet is not None:  # else nothing was to do, and nothing is to tell
             self._record(
                 self._chronicle.take(outcome.kind.value, outcome.message, summary.exit_code)
             )
         return summary
+
+    def _finish(self, *, success: bool) -> None:
+        """Manifest and ``_SUCCESS``. Of a retry a shard that failed has its part still, and of a
+        run that is not finished yet there is none of both."""
+        if self._opened.num_unfinished:
+            return
+        failed = self._state.failed if self._retry is None else {}
+        self._opened.directory.finish(
+            self._opened.shards, failed, success=success, known=self._state.done
+        )
+
+
+def _without(part: Part, num_rows: int) -> Counts:
+    """The counts of a part without so many of its failed rows."""
+    counts = part.counts
+    return replace(
+        counts, rows=counts.rows - num_rows, failed_rows=max(0, counts.failed_rows - num_rows)
+    )
 
 
 def _limits(job: Job) -> Limits:

@@ -16,7 +16,7 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +27,7 @@ import ray
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from batchrun import __version__
+from batchrun.cluster.places import absolute, located
 from batchrun.errors import ClusterError, JobError, Problem
 from batchrun.job import Job
 
@@ -108,21 +109,21 @@ class ClusterJobs:
         """Where a person looks at one job."""
         return f"{self.dashboard_url}/#/jobs/{job_id}"
 
-    def submit(self, job: Job, *, run_id: str = "", deterministic: bool = False) -> str:
-        """Start ``batchrun run`` for ``job`` on the cluster; the id of the job.
+    def submit(
+        self, job: Job, *, run_id: str = "", command: str = "run", flags: Sequence[str] = ()
+    ) -> str:
+        """Start ``batchrun run``, or another ``command`` that runs ``job`` in a cluster, with
+        ``flags``; the id of the job.
 
         Raises JobError where ``ray.runtime_env`` has keys that the shipping needs itself.
         """
         job_id = f"{_slug(job.name)}-{(run_id or secrets.token_hex(4))[:8]}-{secrets.token_hex(3)}"
-        flags = ["--deterministic"] if deterministic else []
-        command = ["python", "-m", "batchrun", "run", _JOB_FILE, "--address", "auto", *flags]
+        words = ["python", "-m", "batchrun", command, _JOB_FILE, "--address", "auto", *flags]
         with tempfile.TemporaryDirectory(prefix="batchrun-") as folder:
             (Path(folder) / _JOB_FILE).write_text(shipped_job(job), encoding="utf-8")
             runtime_env = _runtime_env(job, folder)
             until = time.monotonic() + _AGENT_S
-            while not self._submit(
-                job_id, shlex.join(command), runtime_env, _metadata(job, run_id)
-            ):
+            while not self._submit(job_id, shlex.join(words), runtime_env, _metadata(job, run_id)):
                 if time.monotonic() > until:
                     raise ClusterError(
                         f"the Ray cluster at {self.address!r} has no node that takes jobs",
@@ -216,20 +217,9 @@ class ClusterJobs:
 def shipped_job(job: Job) -> str:
     """The job file as the cluster gets it: everything filled in, local paths absolute, and no
     ``ray`` section, as it runs inside the cluster already."""
-    raw = job.model_dump(mode="json")
+    raw = located(job.model_dump(mode="json"))
     del raw["ray"]
-    raw["model"]["path"] = _absolute(raw["model"]["path"], keep=("tiny",))
-    paths = raw["input"]["path"]
-    raw["input"]["path"] = (
-        _absolute(paths) if isinstance(paths, str) else [_absolute(path) for path in paths]
-    )
-    raw["output"]["path"] = _absolute(raw["output"]["path"])
     return json.dumps(raw, indent=2, ensure_ascii=False)
-
-
-def _absolute(path: str, keep: tuple[str, ...] = ()) -> str:
-    # Not resolve(): a glob stays as it is, and a link may point elsewhere on the cluster.
-    return path if "://" in path or path in keep else str(Path.cwd() / Path(path).expanduser())
 
 
 def _runtime_env(job: Job, folder: str) -> dict[str, Any]:
@@ -257,7 +247,7 @@ def _metadata(job: Job, run_id: str) -> dict[str, str]:
     return {
         f"{_KEY}job": job.name,
         f"{_KEY}run": run_id,
-        f"{_KEY}output": _absolute(job.output.path),
+        f"{_KEY}output": absolute(job.output.path),
         f"{_KEY}storage_options": json.dumps(masked["storage_options"]),
         f"{_KEY}version": __version__,
     }

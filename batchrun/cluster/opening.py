@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchrun import __version__
+from batchrun.cluster.places import located
 from batchrun.data.checkpoints import fetch, is_remote, remote_fingerprint
 from batchrun.data.inputs import InputFile, list_input
 from batchrun.data.layout import canonical_json, run_id
 from batchrun.data.plan import PlanRule
-from batchrun.data.run import OpenedRun, check_output, open_run
+from batchrun.data.run import (
+    OpenedRun,
+    check_keepable,
+    check_output,
+    check_run,
+    open_retry,
+    open_run,
+)
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat
 from batchrun.errors import JobError
@@ -22,6 +30,7 @@ from batchrun.llm import TINY, find_checkpoint
 from batchrun.model.checkpoint import checkpoint_fingerprint
 from batchrun.preflight import inspect_job
 from batchrun.prompts import input_columns
+from batchrun.records import ErrorKind
 
 _LICENSES = (("Apache License", "Apache-2.0"), ("MIT License", "MIT"))
 
@@ -30,7 +39,8 @@ _LICENSES = (("Apache License", "Apache-2.0"), ("MIT License", "MIT"))
 class CheckedJob:
     """A job that can run: nothing is written yet. ``semantic`` is what makes its content; with
     ``keeps_traces`` its run keeps the sampled tokens beside its parts. ``files`` are those of the
-    input, whose footers have been read."""
+    input, whose footers have been read. With ``keep_finished`` the finished parts of another job's
+    run stay; with ``retry`` only rows are run that failed so."""
 
     job: Job
     store: Store
@@ -38,6 +48,8 @@ class CheckedJob:
     model_license: str | None
     keeps_traces: bool = False
     files: tuple[InputFile, ...] = ()
+    keep_finished: bool = False
+    retry: tuple[ErrorKind, ...] | None = None
 
     def variant(self, job: Job) -> CheckedJob:
         """Another job, which differs from this one only in how it thinks and in its output.
@@ -76,19 +88,39 @@ class CheckedJob:
             metadata=metadata,
         )
 
+    @property
+    def _rule(self) -> PlanRule:
+        generation = self.job.generation
+        return PlanRule(
+            input_columns(self.job), generation.max_tokens, generation.n, self.job.input.limit
+        )
+
+    def check_keepable(self) -> None:
+        """Raise OutputError unless what is finished in the output could stay; only reads."""
+        check_keepable(self.store, self.semantic, self.files, self._rule, self.part_format)
+
     def open(self) -> OpenedRun:
         """Begin or resume the run; only while its lock is held. See :func:`open_run`."""
-        rows, generation = self.job.input, self.job.generation
-        rule = PlanRule(input_columns(self.job), generation.max_tokens, generation.n, rows.limit)
+        rows, rule = self.job.input, self._rule
         paths = rows.path if isinstance(rows.path, str) else list(rows.path)
         files = list_input(paths, rows.storage_options, known=self.files)
-        return open_run(self.store, self.semantic, self.job.redacted(), files, rule)
+        if self.retry is not None:
+            return open_retry(self.store, self.semantic, files, rule, self.retry)
+        return open_run(
+            self.store,
+            self.semantic,
+            located(self.job.redacted()),
+            files,
+            rule,
+            keep_finished=self.part_format if self.keep_finished else None,
+        )
 
 
-def check(job: Job, source: JobSource | None) -> CheckedJob:
+def check(job: Job, source: JobSource | None, *, keep_finished: bool = False) -> CheckedJob:
     """Find out whether ``job`` can run; only reads.
 
-    Raises JobError with every problem, OutputError when the output holds another job's run.
+    Raises JobError with every problem, OutputError when the output holds another job's run, unless
+    its finished parts are to stay (``keep_finished``).
     """
     inspection = inspect_job(job, source)
     if inspection.problems:
@@ -96,8 +128,44 @@ def check(job: Job, source: JobSource | None) -> CheckedJob:
     folder, fingerprint = _look_at_checkpoint(job)
     semantic = {**job.semantic(), "checkpoint": fingerprint}
     store = Store.open(job.output.path, job.output.storage_options)
-    check_output(store, semantic)
-    return CheckedJob(job, store, semantic, read_license(folder), files=inspection.files)
+    check_output(store, semantic, keep_finished=keep_finished)
+    checked = CheckedJob(
+        job,
+        store,
+        semantic,
+        read_license(folder),
+        files=inspection.files,
+        keep_finished=keep_finished,
+    )
+    if keep_finished:
+        checked.check_keepable()
+    return checked
+
+
+def check_retry(
+    job: Job,
+    source: JobSource | None,
+    kinds: tuple[ErrorKind, ...],
+    model_path: str | None = None,
+) -> CheckedJob:
+    """Find out whether rows of the run of ``job`` can be tried again; only reads.
+
+    ``model_path`` is how the run itself names the model, where ``job`` names it otherwise.
+    Raises JobError with every problem, OutputError when the output does not hold this job's run.
+    """
+    inspection = inspect_job(job, source)
+    if inspection.problems:
+        raise JobError(inspection.problems)
+    folder, fingerprint = _look_at_checkpoint(job)
+    semantic = {**job.semantic(), "checkpoint": fingerprint}
+    model = semantic["model"]
+    if model_path is not None and isinstance(model, dict):
+        semantic["model"] = {**model, "path": model_path}
+    store = Store.open(job.output.path, job.output.storage_options)
+    check_run(store, semantic)
+    return CheckedJob(
+        job, store, semantic, read_license(folder), files=inspection.files, retry=kinds
+    )
 
 
 def check_holder(job: Job) -> None:

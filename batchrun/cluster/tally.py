@@ -54,6 +54,8 @@ class Tally:
     total_rows: int
     num_shards: int
     before: Mapping[int, Part]
+    kept: Mapping[int, Counts] = field(default_factory=dict)
+    """Rows of parts that are made anew which stay as they are."""
     published: dict[int, Counts] = field(init=False)
     failed: dict[int, int] = field(default_factory=dict)
     _workers: dict[str, _Worker] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Tally:
     def __post_init__(self) -> None:
         self.published = {number: part.counts for number, part in self.before.items()}
         self._published = sum(self.published.values(), Counts())
+        self._journaled = dict(self.kept)
 
     @property
     def sampled_tokens(self) -> int:
@@ -87,7 +90,8 @@ class Tally:
     def journaled_rows(self) -> int:
         """Rows that are safe in the journal of a shard without a part, as far as is known."""
         running = sum(state.saved.rows for _, state in self._running.values())
-        return running + sum(counts.rows for counts in self._journaled.values())
+        kept = sum(counts.rows for number, counts in self.kept.items() if number in self._journaled)
+        return running + sum(counts.rows for counts in self._journaled.values()) - kept
 
     def report(self, worker: str, report: WorkReport) -> None:
         """What a worker says of its work as a whole, and of the leases that go on."""

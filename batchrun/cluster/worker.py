@@ -21,6 +21,7 @@ from batchrun.records import Generated, Lease, Part, Shard
 if TYPE_CHECKING:
     from batchrun.cluster.remains import Estate, Place
     from batchrun.data.journal import Journal, JournalWriter
+    from batchrun.data.retry import Retry
     from batchrun.data.schema import InputSchema
     from batchrun.data.store import Store
     from batchrun.data.writer import PartFile, PartFormat
@@ -44,7 +45,8 @@ class WorkerSettings:
     """What a worker needs to know; small plain values, as they travel through Ray.
 
     ``num_neighbours`` is how many workers at most share this worker's machine, itself included:
-    on a CPU they share its memory. ``source`` is whose tokens are taken over.
+    on a CPU they share its memory. ``source`` is whose tokens are taken over. With ``retry`` parts
+    are made anew for the rows that failed.
     """
 
     job: Job
@@ -55,6 +57,7 @@ class WorkerSettings:
     num_neighbours: int
     deterministic: bool
     source: TraceSource | None = None
+    retry: Retry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class Worker:
             known=None if settings.source is None else self._known,
             journals=_Journals(settings),
             flight=self._estate.flight,
+            keeps_finished=settings.retry is not None,
         )
         return Loaded(
             host=socket.gethostname(),
@@ -166,13 +170,16 @@ class Worker:
         return self._pipeline
 
     def _publish(self, part_file: PartFile, lease: Lease) -> Part:
+        from batchrun.data.retry import stage_part
         from batchrun.data.run import RunDirectory
         from batchrun.data.store import Store
 
-        output = self._settings.job.output
+        settings, output = self._settings, self._settings.job.output
         store = Store.open(output.path, output.storage_options)
-        directory = RunDirectory(store, self._settings.run, n=self._settings.part_format.n)
-        return directory.publish(part_file, lease)
+        n = settings.part_format.n
+        if settings.retry is not None:
+            return stage_part(store, settings.run, settings.retry, part_file, lease, n)
+        return RunDirectory(store, settings.run, n=n).publish(part_file, lease)
 
     def _known(self, lease: Lease) -> Iterator[Generated | None]:
         """What another run generated for the samples of a lease."""
@@ -218,12 +225,16 @@ class _Journals:
         self._output = settings.job.output
         self._run = settings.run
         self._n = settings.part_format.n
+        self._retry = settings.retry
 
     def read(self, shard: Shard) -> Journal:
-        """What the journal of a shard holds."""
+        """What the journal of a shard holds; in a retry the samples that stay come before it."""
         from batchrun.data.journal import read_journal
+        from batchrun.data.retry import read_kept
 
-        return read_journal(self._store(), self._run, shard, self._n)
+        store = self._store()
+        kept = () if self._retry is None else read_kept(store, self._retry, shard.number, self._n)
+        return read_journal(store, self._run, shard, self._n, kept)
 
     def write(self, lease: Lease) -> JournalWriter:
         """The journal of a lease."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -34,6 +35,11 @@ class KeptParts:
     parts: Mapping[int, Part] = field(default_factory=dict)
     runs: Mapping[int, str] = field(default_factory=dict)
     earlier: tuple[str, ...] = ()
+
+    @property
+    def num_parts(self) -> dict[str, int]:
+        """How many parts are of each of those runs."""
+        return dict(Counter(self.runs.values()))
 
 
 def newest_run(store: Store) -> str | None:

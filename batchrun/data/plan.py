@@ -151,6 +151,14 @@ def change_plan(
     return _with_new(plan, new, rule, kept, dropped, files)
 
 
+def moved(plan: Plan, files: Iterable[InputFile]) -> tuple[Shard, ...]:
+    """The shards of a plan, with the place where their files are now, as far as they are there."""
+    places = {file.path: file.uri for file in files}
+    return tuple(
+        replace(shard, uri=places.get(shard.path, shard.uri)) for shard in plan.shards.values()
+    )
+
+
 def _with_new(
     plan: Plan,
     new: Sequence[InputFile],

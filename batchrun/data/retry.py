@@ -17,7 +17,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -69,11 +69,21 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A retry under way. ``rows`` are those still to be tried again, by shard number."""
+    """A retry under way.
+
+    ``rows`` are those of which a sample is still to be tried again, by shard number; ``replaces``
+    are the parts that they stand in.
+    """
 
     number: int
     kinds: tuple[ErrorKind, ...]
     rows: Mapping[int, Rows]
+    replaces: Mapping[int, Part] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are to be tried again."""
+        return sum(map(len, self.rows.values()))
 
 
 def begin_retry(
@@ -97,7 +107,7 @@ def begin_retry(
             if (number, last) not in recorded and number in parts
         }
         if left and latest.kinds == chosen:
-            return replace(latest, rows=left)
+            return replace(latest, rows=left, replaces={number: parts[number] for number in left})
     rows = find_failed(store, parts.values(), chosen, n)
     if not rows:
         return Retry(0, chosen, {})
@@ -113,7 +123,7 @@ def begin_retry(
     path = retry_plan_path(run, last + 1)
     if not store.put_if_absent(path, json.dumps(plan, indent=1).encode(), uuid.uuid4().hex):
         raise OutputError(f"output: {store.url}/{path} was made by another retry", "try again")
-    return Retry(last + 1, chosen, rows)
+    return Retry(last + 1, chosen, rows, {number: parts[number] for number in rows})
 
 
 def find_failed(
@@ -123,19 +133,21 @@ def find_failed(
 
     Reads one column, and only of parts whose record counts failed rows.
     """
-    wanted = tuple(f"{kind.value}: " for kind in kinds)
+    wanted = _beginnings(kinds)
     with ThreadPoolExecutor(_THREADS) as pool:
         failed = [part for part in parts if part.counts.failed_rows]
         found = pool.map(lambda part: Rows.of(_failed(store, part, wanted, n)), failed)
         return {part.shard: rows for part, rows in zip(failed, found, strict=True) if rows}
 
 
-def read_kept(store: Store, part: Part, retried: Rows, n: int) -> Iterator[Completion]:
-    """The samples of a part, but for the rows to be retried, in order; few at a time.
+def read_kept(store: Store, retry: Retry, shard: int, n: int) -> Iterator[Completion]:
+    """The samples of a shard's part that the retry leaves as they are, in order; few at a time.
 
-    Where the run has scores they have no verdict: which answer was found is not in a part, so they
-    are to be scored again.
+    Of the rows to be tried again these are the samples that did not fail so. Where the run has
+    scores they have no verdict: which answer was found is not in a part, so they are to be scored
+    again.
     """
+    part, retried, wanted = retry.replaces[shard], retry.rows[shard], _beginnings(retry.kinds)
     with border(Role.OUTPUT, f"{store.url}/{part.name}"):
         with store.open_file(part.name) as source, pq.ParquetFile(source) as parquet:
             present = [name for name in _COLUMNS if name in parquet.schema_arrow.names]
@@ -144,23 +156,21 @@ def read_kept(store: Store, part: Part, retried: Rows, n: int) -> Iterator[Compl
                 for row in batch.to_pylist():
                     ordinal = position // n
                     position += 1
-                    if ordinal not in retried:
+                    error = row["error"]
+                    if ordinal not in retried or error is None or not error.startswith(wanted):
                         yield _completion(ordinal, row)
 
 
 def stage_part(
-    store: Store, run: str, number: int, part_file: PartFile, lease: Lease, n: int
+    store: Store, run: str, retry: Retry, part_file: PartFile, lease: Lease, n: int
 ) -> Part:
     """Put a shard's new part beside the old one; what the part will be once it is in its place.
 
     When another attempt was first, its part counts.
     """
-    shard = lease.shard
-    data = store.read(commit_path(run, shard.number))
-    try:
-        old = part_from_json(data or b"null")
-    except ValueError as error:
-        raise OutputError(f"output: shard {shard.name} has no part to replace ({error})") from error
+    shard, number = lease.shard, retry.number
+    # Not the one that is there by now: the new part is made of this one's rows.
+    old = retry.replaces[shard.number]
     path = staged_path(run, shard.number, number)
     metadata = part_metadata(run, shard, part_file.num_rows, part_file.sha256)
     if store.put_if_absent(path, part_file.path, lease.attempt, metadata):
@@ -209,6 +219,13 @@ def recover(store: Store, run: str) -> int:
     """Finish what retries left half done; how many parts that were. For whoever opens the run."""
     _, staged, recorded = _look(store, run)
     done = [key for key in sorted(staged, key=lambda key: key[::-1]) if key in recorded]
+    latest: dict[int, int] = {}
+    for shard, number in recorded:
+        latest[shard] = max(number, latest.get(shard, 0))
+    # A worker that was given up may come late, when a later retry has been there.
+    late = [key for key in done if key[1] < latest[key[0]]]
+    store.delete([staged_path(run, *key) for key in late])
+    done = [key for key in done if key not in late]
     for shard, number in done:
         apply_staged(store, run, shard, number)
     return len(done)
@@ -222,6 +239,11 @@ def is_cut_off(store: Store, run: str, part: Part, sha256: str) -> bool:
         for key in staged & recorded
         if key[0] == part.shard
     )
+
+
+def _beginnings(kinds: Iterable[ErrorKind]) -> tuple[str, ...]:
+    """How the column ``error`` begins for these kinds."""
+    return tuple(f"{kind.value}: " for kind in kinds)
 
 
 def _completion(ordinal: int, row: Mapping[str, Any]) -> Completion:

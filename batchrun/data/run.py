@@ -30,13 +30,22 @@ from batchrun.data.parts import (
     part_metadata,
     part_to_json,
 )
-from batchrun.data.plan import PlanChange, PlanRule, append_plan, change_plan, count_rows, read_plan
-from batchrun.data.retry import recover
+from batchrun.data.plan import (
+    Plan,
+    PlanChange,
+    PlanRule,
+    append_plan,
+    change_plan,
+    count_rows,
+    moved,
+    read_plan,
+)
+from batchrun.data.retry import Retry, begin_retry, recover
 from batchrun.data.schema import InputSchema
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFile, PartFormat
 from batchrun.errors import BatchrunError, OutputError, OutputHeldError, ShardError
-from batchrun.records import Counts, Lease, Part, Shard
+from batchrun.records import Counts, ErrorKind, Lease, Part, Shard
 
 _RECORD_THREADS = 16
 _WAYS_ON = "choose another output, or run `batchrun discard OUTPUT` first"
@@ -312,12 +321,18 @@ class RunDirectory:
 
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
-    """A run ready to go on: all its shards, the types of its columns, and what is done."""
+    """A run ready to go on: all its shards, the types of its columns, and what is done.
+
+    With ``retry`` failed rows of ``parts`` are to be tried again, and ``shards`` are only those
+    that have a part; ``num_unfinished`` others are left as they are.
+    """
 
     directory: RunDirectory
     shards: tuple[Shard, ...]
     schema: InputSchema
     parts: Mapping[int, Part]
+    retry: Retry | None = None
+    num_unfinished: int = 0
 
     @property
     def total_rows(self) -> int:
@@ -425,6 +440,65 @@ def open_run(
     return OpenedRun(directory, (*change.kept, *change.added), change.schema, parts)
 
 
+def check_run(store: Store, semantic: Mapping[str, object]) -> None:
+    """Raise OutputError unless the output holds the run of this job; says what differs."""
+    run = require_run(store)
+    if run != run_id(semantic):
+        changed = _differences(read_semantic(store, run), semantic)
+        raise OutputError(
+            f"output: {store.url} holds the run of another job, and a retry runs rows as they were "
+            "run; what differs: " + ("; ".join(changed[:12]) or "unknown"),
+            "give the job as it was submitted, or the output instead of the job file",
+        )
+
+
+def open_retry(
+    store: Store,
+    semantic: Mapping[str, object],
+    files: Sequence[InputFile],
+    rule: PlanRule,
+    kinds: Sequence[ErrorKind],
+) -> OpenedRun:
+    """Open the run of a job to try rows again that failed with one of ``kinds``; only while its
+    lock is held. Input that is new or has changed is none of its business.
+
+    Raises OutputError when the output holds another run, or none.
+    """
+    check_run(store, semantic)
+    store.sweep()
+    directory = RunDirectory(store, run_id(semantic), n=rule.n)
+    recover(store, directory.run)
+    plan = read_plan(store, directory.run, rule.columns)
+    if plan.schema is None:
+        raise OutputError(f"output: the run in {store.url} has no plan yet", "submit the job")
+    shards = moved(plan, files)
+    parts = directory.committed(shards)
+    finished = tuple(shard for shard in shards if shard.number in parts)
+    directory.clear_failed()
+    retry = begin_retry(store, directory.run, parts, kinds, rule.n)
+    num_unfinished = len(shards) - len(finished)
+    return OpenedRun(directory, finished, plan.schema, parts, retry, num_unfinished)
+
+
+def read_job(store: Store) -> tuple[Mapping[str, object], Mapping[str, object]]:
+    """What determines the content of the run in ``store``, and its whole job without secrets.
+
+    Raises OutputError when there is no run.
+    """
+    run = require_run(store)
+    path = f"{run_folder(run)}/job.json"
+    try:
+        record = json.loads(store.read(path) or b"null")
+        semantic, job = record["semantic"], record["job"]
+        if not (isinstance(semantic, dict) and isinstance(job, dict)):
+            raise ValueError("it holds no job")
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(
+            f"output: {store.url}/{path} is damaged ({error!r})", "give the job file instead"
+        ) from error
+    return semantic, job
+
+
 def _take_over(
     directory: RunDirectory,
     before: str,
@@ -443,17 +517,7 @@ def _take_over(
     shards = tuple(plan.shards.values())
     old = RunDirectory(store, before, n=samples_per_row(store, before))
     parts = old.committed(shards) if shards else {}
-    kept_before = read_kept_parts(store, before)
-    change = change_plan(plan, files, rule, parts, keep_finished=True)
-    check_columns(
-        store, parts.values(), kept_before.runs, part_format.schema(change.schema.carried)
-    )
-    for shard in shards:
-        if shard.number in parts and parts[shard.number].num_rows != shard.num_rows * rule.n:
-            raise OutputError(
-                f"output: the finished parts of {store.url} do not have {rule.n} samples a row",
-                _WAYS_ON,
-            )
+    change = _keepable(store, before, plan, parts, files, rule, part_format)
     store.delete([SUCCESS])
     planned = read_plan(store, run, rule.columns)
     wanted = {shard.number: shard for shard in (*change.kept, *change.added)}
@@ -470,6 +534,48 @@ def _take_over(
     keep_parts(store, run, before, kept, wanted.values())
     _write_job(store, run, job)
     delete_journal(store, before)
+
+
+def check_keepable(
+    store: Store,
+    semantic: Mapping[str, object],
+    files: Sequence[InputFile],
+    rule: PlanRule,
+    part_format: PartFormat,
+) -> None:
+    """Raise OutputError unless a run of this job could take over what is finished in ``store``.
+
+    Only reads.
+    """
+    before = find_run(store)
+    if before is None or before == run_id(semantic):
+        return
+    plan = read_plan(store, before, rule.columns)
+    parts = RunDirectory(store, before).recorded(tuple(plan.shards.values()))
+    _keepable(store, before, plan, parts, files, rule, part_format)
+
+
+def _keepable(
+    store: Store,
+    before: str,
+    plan: Plan,
+    parts: Mapping[int, Part],
+    files: Sequence[InputFile],
+    rule: PlanRule,
+    part_format: PartFormat,
+) -> PlanChange:
+    """What becomes of the plan of the run ``before`` when its ``parts`` are kept; raises where
+    they would not fit beside parts of ``part_format``."""
+    change = change_plan(plan, files, rule, parts, keep_finished=True)
+    runs = read_kept_parts(store, before).runs
+    check_columns(store, parts.values(), runs, part_format.schema(change.schema.carried))
+    for shard in plan.shards.values():
+        if shard.number in parts and parts[shard.number].num_rows != shard.num_rows * rule.n:
+            raise OutputError(
+                f"output: the finished parts of {store.url} do not have {rule.n} samples a row",
+                _WAYS_ON,
+            )
+    return change
 
 
 def _write_job(store: Store, run: str, job: Mapping[str, object]) -> None:

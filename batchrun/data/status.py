@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from batchrun.data.journal import read_journal
+from batchrun.data.kept import read_kept_parts
 from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS, journal_folder
 from batchrun.data.lock import Holder, is_live, read_lock
 from batchrun.data.plan import count_rows, read_plan
@@ -33,6 +34,8 @@ class RunStatus:
 
     ``counts`` are sums over published parts, or the driver's own when it lives and knows more;
     of a run that nobody drives they include ``journaled_rows``, which the next submit publishes.
+    ``kept`` says how many of the parts are of other runs, by run, where a changed job took them
+    over.
     """
 
     run_id: str
@@ -46,6 +49,7 @@ class RunStatus:
     holder: Holder | None
     progress: Progress | None
     journaled_rows: int = 0
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def state(self) -> RunState:
@@ -97,6 +101,7 @@ def read_status(store: Store) -> RunStatus:
         holder=lock.holder if live and lock is not None else None,
         progress=progress,
         journaled_rows=journaled.rows,
+        kept=read_kept_parts(store, run).num_parts,
     )
 
 

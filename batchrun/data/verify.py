@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +28,8 @@ _CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was looked at, and every thing that is not as it should be."""
+    """What was looked at, and every thing that is not as it should be. ``kept`` says how many of
+    the parts are of other runs, by run, where a changed job took them over."""
 
     run_id: str
     num_shards: int
@@ -36,6 +37,7 @@ class Verdict:
     num_parts: int
     counts: Counts
     problems: tuple[str, ...]
+    kept: Mapping[str, int] = field(default_factory=dict)
 
 
 def verify_run(store: Store) -> Verdict:
@@ -68,7 +70,15 @@ def verify_run(store: Store) -> Verdict:
     counts = sum((part.counts for part in parts.values()), Counts())
     owners = {number: kept.runs.get(number, run) for number in parts}
     problems += _check_success(store, parts, owners, counts, complete=len(parts) == len(shards))
-    return Verdict(run, len(shards), count_rows(shards), len(parts), counts, tuple(problems))
+    return Verdict(
+        run,
+        len(shards),
+        count_rows(shards),
+        len(parts),
+        counts,
+        tuple(problems),
+        kept.num_parts,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +182,9 @@ def _orphans(
         if not name.isdecimal() or int(name) not in numbers:
             yield f"{journal_folder(run)}/{name}: is the journal of no planned shard"
     for folder in store.folders(FOLDER):
-        if folder != run and folder not in kept.earlier:
+        # Without the job's record it is what a submit left that ended before it was one.
+        is_run = store.info(f"{run_folder(folder)}/job.json") is not None
+        if folder != run and folder not in kept.earlier and is_run:
             yield f"{FOLDER}/{folder}: is the bookkeeping of another run"
 
 

@@ -102,6 +102,9 @@ def test_a_run_is_submitted_and_followed_to_its_end(
     assert listed["run_id"] in os.listdir(work.folder / "out/_batchrun")
     code, out, _ = batchrun("logs", job_id, "--address", dashboard).end()
     assert 0 == code and "1 of 40 rows failed" in out
+    code, out, err = batchrun("retry", work.folder / "out", "--address", dashboard).end(120)
+    assert (3, url[: url.rindex("/")]) == (code, out.splitlines()[1].rpartition("/")[0]), err
+    assert "nothing to retry: no row failed with engine, timeout, worker_lost" in err
 
 
 def test_an_invalid_job_is_refused_before_it_is_submitted(

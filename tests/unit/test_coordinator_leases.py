@@ -205,6 +205,46 @@ def test_a_lease_given_back_twice_is_in_line_once() -> None:
 # -- speculation -------------------------------------------------------------------------------
 
 
+def test_of_a_shard_with_few_rows_to_run_only_those_count() -> None:
+    """A retry of a few rows is leased whole, however big their shard; of many they are shared out,
+    and no other row is ever leased before the part is put together."""
+    run = Run([10_000, 50, 10_000], 2, done=2, todo={2: Rows.of([7, 8, 9000])})
+    run.ready()
+    (lease,) = run.leases[run.workers[0]]
+    assert run.workers == ["3-1"], "three rows are no work for two"
+    assert (lease.shard.number, lease.whole, lease.rows) == (2, True, Rows.all(10_000))
+    todo = Rows.of_ranges([(0, 30), (500, 520), (900, 1000)])
+    run = Run([1000], 2, todo={0: todo})
+    run.ready()
+    first, second = run.workers
+    leased = Rows()
+    while run.leases[first] and not run.leases[first][0].whole:
+        leased |= run.leases[first][0].rows
+        run.done(first)
+    leased |= run.leases[second][0].rows
+    assert leased == todo
+    run.done(second)
+    (assembly,) = [lease for name in run.workers for lease in run.leases[name]]
+    assert assembly.whole and assembly.rows == Rows.all(1000)
+
+
+def test_a_retry_survives_its_workers() -> None:
+    """What a lost worker had of a shard with few rows to run is in line again, and nothing else:
+    the row in flight is suspect, the other one waits."""
+    run = Run([1000], 1, todo={0: Rows.of([7, 900])})
+    run.ready()
+    run.lost(run.workers[0], (0, 7))
+    leased = []
+    while not any(lease.whole for lease in run.leases[run.workers[-1]]):
+        run.ready(run.workers[-1])
+        (lease,) = run.leases[run.workers[-1]]
+        leased.append((lease.alone, list(lease.rows)))
+        run.done(run.workers[-1])
+    assert sorted(leased) == [(False, [900]), (True, [7])]
+    run.done(run.workers[-1])
+    assert ended(run) == (OutcomeKind.SUCCESS, 0)
+
+
 def test_idle_workers_try_the_oldest_lease_again_and_the_first_to_end_counts() -> None:
     """Once each, and not before its first journal."""
     run = Run(2, num_workers=2)

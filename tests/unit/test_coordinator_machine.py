@@ -51,6 +51,7 @@ class Machine(RuleBasedStateMachine):
             max_size=4,
         ),
         elastic=st.booleans(),
+        todo=st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 19), min_size=1)),
     )
     def begin(
         self,
@@ -61,8 +62,9 @@ class Machine(RuleBasedStateMachine):
         canary_rows: int,
         strikes: Sequence[tuple[int, set[int], bool]],
         elastic: bool,
+        todo: dict[int, set[int]],
     ) -> None:
-        """A run of any size, begun or resumed."""
+        """A run of any size, begun or resumed; without a canary also a retry of some rows."""
         self.shards = [shard(number, rows) for number, rows in enumerate(sizes)]
         self.published = {item.number: part(item, "earlier") for item in self.shards[:num_done]}
         self.max_retries = max_retries
@@ -77,6 +79,12 @@ class Machine(RuleBasedStateMachine):
             if alone and len(ordinals) == 1:
                 self.deaths[number, *ordinals] += 1
         self.journaled: dict[int, set[int]] = {item.number: set() for item in self.shards}
+        self.todo: dict[int, Rows] = {}
+        for item in self.shards:
+            rows = Rows.of(todo.get(item.number, ())) & Rows.all(item.num_rows)
+            if rows and not canary_rows:
+                self.todo[item.number] = rows
+                self.journaled[item.number] = set(Rows.all(item.num_rows) - rows)  # of its part
         self.started: set[str] = set()
         self.loaded: set[str] = set()
         self.living: set[str] = set()
@@ -92,6 +100,7 @@ class Machine(RuleBasedStateMachine):
             max_workers=num_workers,
             min_workers=1 if elastic else None,
             max_retries=max_retries,
+            todo=self.todo,
             canary_rows=canary_rows,
             max_failed_rows=1_000_000,
             strikes=written,
@@ -330,7 +339,7 @@ class Machine(RuleBasedStateMachine):
             return
         backlog, crew = self.state.backlog, self.state.crew
         waiting = [
-            self.shards[number].num_rows
+            len(self.todo.get(number, Rows.all(self.shards[number].num_rows)))
             if number not in backlog.open
             else len(backlog.open[number].waiting)
             for number in backlog.queue

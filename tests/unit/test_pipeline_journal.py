@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -17,7 +18,7 @@ from batchrun.engine.request import Output
 from batchrun.errors import StorageError
 from batchrun.llm import find_checkpoint
 from batchrun.pipeline import Pipeline
-from batchrun.records import ErrorKind, FinishReason, Lease, RowError, Shard
+from batchrun.records import Completion, ErrorKind, FinishReason, Lease, RowError, Shard
 from batchrun.reports import WorkReport
 from batchrun.rows import Rows
 from tests.unit.test_pipeline import Setup, sums
@@ -100,6 +101,7 @@ class Run:
         self.engine = engine
         self.journals = Journals(folder / "out", self.setup.job.generation.n)
         self.flight = Flight()
+        self.keeps_finished = False
         self._num_attempts = 0
         self.clock = 0.0
 
@@ -115,6 +117,7 @@ class Run:
             clock=lambda: self.clock,
             journals=self.journals,
             flight=self.flight,
+            keeps_finished=self.keeps_finished,
         )
 
     def lease(self, rows: Rows | None = None, lost: Mapping[int, str] | None = None) -> Lease:
@@ -390,3 +393,60 @@ def test_scores_survive_in_the_journal(make: MakeRun) -> None:
     rows, again = run.whole()
     assert rows == expected
     assert again.done[0].part.counts == report.done[0].part.counts  # type: ignore[union-attr]
+
+
+class Kept(Journals):
+    """Journals that begin with samples of a part, which has no verdicts."""
+
+    kept: tuple[Completion, ...] = ()
+
+    def read(self, shard: Shard) -> Journal:
+        """As a worker does in a retry."""
+        return read_journal(self.store, "r", shard, self.n, self.kept)
+
+
+@pytest.mark.parametrize("scorer", ["number", "regex", None])
+def test_samples_of_a_part_that_is_made_anew_stay(make: MakeRun, scorer: str | None) -> None:
+    """Only what is missing is generated; what stays is scored again, also beside the engine, and
+    neither journaled nor counted as new. Lost rows keep the samples that they have."""
+    prompts = [*sums(5), None]
+    answers = [str(eval(str(prompt)[8:-1])) if prompt else "1" for prompt in prompts]
+    job: dict[str, dict[str, object]] = {"generation": {"n": 2, "temperature": 0.7}}
+    if scorer is not None:
+        job["evaluate"] = {"answer_column": "a", "scorer": scorer}
+        if scorer == "regex":
+            job["evaluate"]["pattern"] = r"\d+"
+    run = make(prompts, job, extra={"a": answers})
+    whole, report = run.whole()
+    [first] = report.done
+    assert first.part is not None
+    missing = {(1, 0), (3, 1), (4, 0)}
+    kept = Kept(run.setup.folder / "kept", 2)
+    kept.kept = tuple(
+        Completion(
+            ordinal=place // 2,
+            sample=place % 2,
+            id=row["id"],
+            completion=row["completion"],
+            reasoning=row["reasoning"],
+            finish_reason=FinishReason(row["finish_reason"]),
+            prompt_tokens=row["prompt_tokens"],
+            reasoning_tokens=row["reasoning_tokens"],
+            completion_tokens=row["completion_tokens"],
+            thinking_budget_hit=row["thinking_budget_hit"],
+            error=row["error"],
+        )
+        for place, row in enumerate(cast(list[dict[str, Any]], whole))
+        if divmod(place, 2) not in missing
+    )
+    run.journals, run.keeps_finished = kept, True
+    before = sampled(run)
+    again, report = run.whole()
+    [done] = report.done
+    assert done.part is not None
+    assert (again, done.part.counts) == (whole, first.part.counts)
+    assert (done.fresh.rows, 0 < sampled(run) - before < before) == (3, True)
+    lost, report = run.whole(lost={3: "it kills"})
+    assert [row["error"] for row in lost[6:8]] == [None, "worker_lost: it kills"]
+    assert lost[:6] + lost[8:] == whole[:6] + whole[8:]
+    assert scorer is None or lost[6]["correct"] == whole[6]["correct"]

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import batchrun
 from batchrun import errors
-from batchrun.cli import COMMANDS, PLANNED, main
+from batchrun.cli import COMMANDS, main
 
 
 def run(*args: str) -> tuple[int, str, str]:
@@ -75,14 +75,6 @@ def test_usage_errors(args: list[str], message: str) -> None:
     first, hint = err.splitlines()
     assert first.startswith(message)
     assert hint.startswith("hint: see `batchrun")
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_planned_commands(name: str) -> None:
-    """A command of the contract that is not built yet is refused as that."""
-    code, out, err = run(name, "x")
-    assert (code, out) == (2, "")
-    assert err.startswith(f"error: the command {name} is not available in this version\n")
 
 
 def test_nothing_to_do() -> None:

@@ -12,12 +12,13 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.data.inputs import list_input
 from batchrun.data.journal import JournalWriter, read_journal
 from batchrun.data.layout import SUCCESS, journal_folder, retries_folder, run_id, strikes_folder
 from batchrun.data.plan import PlanRule
 from batchrun.data.reader import ShardReader
 from batchrun.data.retry import Retry, apply_staged, begin_retry, read_kept, stage_part
-from batchrun.data.run import OpenedRun
+from batchrun.data.run import OpenedRun, open_retry
 from batchrun.data.status import discard, read_status
 from batchrun.data.store import ObjectInfo, Store
 from batchrun.data.strikes import write_strike
@@ -81,7 +82,7 @@ def restage(store: Store, opened: OpenedRun, shard: Shard, retry: Retry, attempt
     """What a worker does: the kept rows and the journal, the rest generated, staged."""
     run = opened.directory.run
     retried = retry.rows[shard.number]
-    kept = read_kept(store, opened.parts[shard.number], retried, N)
+    kept = read_kept(store, retry, shard.number, N)
     journal = read_journal(store, run, shard, N, kept)
     part_format = PartFormat(run, **PART_FORMAT)  # type: ignore[arg-type]
     with (
@@ -96,7 +97,7 @@ def restage(store: Store, opened: OpenedRun, shard: Shard, retry: Retry, attempt
                     assert row.ordinal in retried
                     writer.add(second_time(row, sample))
         lease = Lease(shard, 2, attempt, Rows.all(shard.num_rows))
-        return stage_part(store, run, retry.number, writer.finish(), lease, N)
+        return stage_part(store, run, retry, writer.finish(), lease, N)
 
 
 def retry_all(site: Site, store: Store, kinds: Sequence[ErrorKind] = KINDS) -> list[Part]:
@@ -143,10 +144,10 @@ def bytes_of(site: Site) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_retry_replaces_the_failed_rows_alone(
+def test_a_retry_replaces_the_failed_samples_alone(
     kind: str, make: Callable[..., Site], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Other rows keep every value, counts and manifest follow, and nothing is left behind."""
+    """All others keep every value, counts and manifest follow, and nothing is left behind."""
     store = None
     if kind == "s3":
         server = request.getfixturevalue("s3_server")
@@ -162,7 +163,7 @@ def test_a_retry_replaces_the_failed_rows_alone(
         assert new.schema.equals(old.schema, check_metadata=True)
         rows = list(zip(old.to_pylist(), new.to_pylist(), strict=True))
         for place, (was, now) in enumerate(rows):
-            if place // N == 1:
+            if (place // N, place % N) == (1, 1):
                 assert now["completion"] == f"second {now['id']}" and now["error"] is None
             else:
                 assert was == now
@@ -290,21 +291,59 @@ def test_a_retry_that_was_cut_off_goes_on_from_the_journal(make: Callable[..., S
     JournalWriter(site.store, run, lease).flush([first_time(rows[1], 1)])
     retry = begin_retry(site.store, run, opened.parts, KINDS, N)
     assert site.store.list(journal_folder(run)) == ()
-    mine = completion(rows[1], 0, completion="journaled by the retry")
+    mine = completion(rows[1], 1, completion="journaled by the retry")
     JournalWriter(site.store, run, replace(lease, epoch=2)).flush([mine])
     assert begin_retry(site.store, run, opened.parts, tuple(reversed(KINDS)), N) == retry
     restage(site.store, opened, shard, retry, "000003-000001")
     apply_staged(site.store, run, 0, retry.number)
     table = pq.read_table(site.store.open_file(site.parts()[0]))
     assert table["completion"].to_pylist()[2:4] == [
+        f"first {rows[1].id}",
         "journaled by the retry",
-        f"second {rows[1].id}",
     ]
     left = begin_retry(site.store, run, site.open().parts, KINDS, N)
     assert (left.number, list(left.rows)) == (1, [1]), "a shard that is done is done"
     other = begin_retry(site.store, run, site.open().parts, [ErrorKind.TOO_LONG], N)
     assert (other.number, list(other.rows)) == (2, [0, 1])
     assert site.store.list(journal_folder(run)) == ()
+
+
+def test_a_part_that_is_staged_too_late_changes_nothing(make: Callable[..., Site]) -> None:
+    """A worker of a retry that was given up comes when the next one has replaced the part."""
+    site = make()
+    run = run_id(site.semantic)
+    opened = site.open()
+    late = begin_retry(site.store, run, opened.parts, KINDS, N)
+    retry_all(site, site.store, [ErrorKind.TOO_LONG])
+    after = bytes_of(site)
+    restage(site.store, opened, opened.shards[0], late, "000001-000009")
+    site.open()
+    assert bytes_of(site) == after and verify_run(site.store).problems == ()
+    assert not [x for x in site.store.list(retries_folder(run)) if x.path.endswith(".parquet")]
+
+
+def test_only_what_has_a_part_is_retried(tmp_path: Path) -> None:
+    """Of a run that is not finished the other shards are left, new input is none of a retry's
+    business, and another job's run is refused with what differs."""
+    site = Site(
+        tmp_path,
+        Store.open(str(tmp_path / "out")),
+        rule=PlanRule(COLUMNS, max_tokens=16, n=N),
+        semantic={"input": {"id_column": None}, "generation": {"n": N}},
+    )
+    for name in ("a.parquet", "b.parquet"):
+        site.input(name, 3)
+    opened = site.open()
+    publish_first(site, opened, opened.shards[0])
+    site.input("c.parquet", 3)
+    files = list_input(str(site.folder / "in"))
+    found = open_retry(site.store, site.semantic, files, site.rule, KINDS)
+    assert found.retry is not None
+    assert (found.shards, found.num_unfinished) == (opened.shards[:1], 1)
+    assert (dict(found.retry.rows), found.retry.num_rows) == ({0: Rows.of([1])}, 1)
+    other = {**site.semantic, "generation": {"n": 3}}
+    with pytest.raises(OutputError, match=r"what differs: generation\.n: 2 -> 3"):
+        open_retry(site.store, other, files, site.rule, KINDS)
 
 
 def test_the_first_staged_part_counts(make: Callable[..., Site]) -> None:
