@@ -23,7 +23,15 @@ from batchrun import __version__
 from batchrun.cluster.capacity import Capacity, WorkerShape, plan_shape
 from batchrun.cluster.chronicle import Chronicle
 from batchrun.cluster.opening import CheckedJob, check
-from batchrun.cluster.session import nodes_are_coming, ray_lives, ray_session, read_capacity
+from batchrun.cluster.session import (
+    forget_ray,
+    head_address,
+    head_answers,
+    nodes_are_coming,
+    ray_lives,
+    ray_session,
+    read_capacity,
+)
 from batchrun.cluster.story import Story
 from batchrun.cluster.summary import Retried, Summary, retry_text
 from batchrun.cluster.tally import Progress, Tally
@@ -100,6 +108,7 @@ _SAY_FAILURES_EVERY_S = 10.0
 _CHECK_ALIVE_EVERY_S = 1.0
 _SAY_PENDING_AFTER_S = 10.0
 _GIVE_UP_PENDING_AFTER_S = 60.0
+_HEAD_SILENT_S = 20.0  # Ray ends this process after 60
 
 _RESTART_CAUSE = {
     LossCause.CRASH: "died",
@@ -196,6 +205,9 @@ class Cluster:
         """With ``keeps_workers`` the next run gets the workers of the one before, with the model
         that they have loaded; the runs must agree in model, resources and determinism."""
         self.is_local = address is None
+        self.is_lost = False
+        """Whether its head is dead: whatever is asked of Ray then waits for it."""
+        self._head: str | None = None
         self.spares: list[Any] | None = [] if keeps_workers else None
         """Idle workers without a run."""
         self._resources = job.resources
@@ -211,7 +223,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if not self.is_lost:
+            self._stack.close()
 
     @property
     def is_choosy(self) -> bool:
@@ -226,6 +239,8 @@ class Cluster:
                 ray_session(self._address, wanted.most_workers, self._runtime_env)
             )
             self._stack.callback(self._end_spares)
+            if not self.is_local:
+                self._head = head_address()
             gpus = wanted.gpus_per_worker
             self._shape = plan_shape(
                 self._capacity,
@@ -238,8 +253,11 @@ class Cluster:
         return self._shape
 
     def check_alive(self, *, at_once: bool = False) -> None:
-        """Raise InterruptedRunError when the Ray of this machine has died: its actors would be
-        waited for in vain. An existing cluster may get a node again. Looks once a second."""
+        """Raise InterruptedRunError when the Ray of this machine, or the head of the cluster, has
+        died: workers would be waited for in vain. Looks for a Ray of this machine once a second;
+        a head may be silent for a while, as it may be started again."""
+        if self._head is not None:
+            self._check_head(self._head)
         now = time.monotonic()
         if self.is_local and (at_once or now >= self._check_at):
             self._check_at = now + _CHECK_ALIVE_EVERY_S
@@ -249,6 +267,26 @@ class Cluster:
                     "everything finished so far is kept; submit again to resume. Memory may have "
                     "been short; Ray's own logs are in /tmp/ray",
                 )
+
+    def _check_head(self, address: str) -> None:
+        """Return when the head answers. Meanwhile nothing is asked of Ray, which would wait for it
+        and then end this process without a word for a person."""
+        silent_since: float | None = None
+        while not head_answers(address):
+            now = time.monotonic()
+            if silent_since is None:
+                silent_since = now
+                self._view.say(f"the head of the cluster at {address} does not answer")
+            elif now - silent_since > _HEAD_SILENT_S:
+                self._head = None
+                self.is_lost = True
+                forget_ray()
+                raise InterruptedRunError(
+                    f"the head of the cluster at {address} is dead: it has not answered for "
+                    f"{_HEAD_SILENT_S:g} s",
+                    "everything finished so far is kept; submit again to resume",
+                )
+            time.sleep(1.0)
 
     def num_neighbours(self) -> int:
         """How many workers may share one machine."""
@@ -320,6 +358,7 @@ class _Driver:
         self._metrics = RunMetrics(job.name, checked.run)
         self._ray_metrics: RayMetrics | None = None
         self._fleet: Fleet | None = None
+        self._cluster: Cluster | None = None
         self._outcome: Outcome | None = None
         self._ready_at: float | None = None  # when the first worker had loaded
         self._chronicle = Chronicle(lock.epoch, __version__, socket.gethostname())
@@ -331,6 +370,7 @@ class _Driver:
 
     def run(self, cluster: Cluster, deterministic: bool, source: TraceSource | None) -> Summary:
         """Work until the coordinator ends the run."""
+        self._cluster = cluster
         opened = self._opened
         self._story.begin(opened.total_rows, opened.parts, __version__, socket.gethostname())
         if not self._stop.is_set():
@@ -371,7 +411,7 @@ class _Driver:
 
     def close(self) -> None:
         """End the workers and the metrics' endpoint. May be called twice."""
-        if self._fleet is not None:
+        if self._fleet is not None and not (self._cluster and self._cluster.is_lost):
             self._fleet.stop_all()
         self._sweeper.close()
         self._metrics.close()
