@@ -34,6 +34,8 @@ from batchrun.tools import tool_problems
 from batchrun.wording import dotted, expectation, shown
 
 MAX_INT = 2**31 - 1
+TINY = "tiny"
+"""The name of the model that ships with the package."""
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
@@ -94,7 +96,8 @@ class Model(Section):
     path: Text
     """Folder or URL in the Hugging Face layout; `tiny` is the model that ships with batchrun."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights and activations; auto is bfloat16 on a GPU, float32 on a CPU."""
+    """Weights and activations; auto is bfloat16 on a GPU, and on a CPU that computes with it for
+    a bfloat16 checkpoint that is not small; else float32."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Weight-only quantization."""
     state_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -104,6 +107,11 @@ class Model(Section):
     max_model_len: Annotated[int, Field(ge=2, le=MAX_INT)] | None = None
     """Most tokens of prompt and output together; null is the checkpoint's, as far as memory
     holds one sequence."""
+
+    @property
+    def path_from_root(self) -> str:
+        """The path whatever folder it is looked at from."""
+        return self.path if self.path == TINY else from_root(self.path)
 
 
 class Input(Section):
@@ -340,10 +348,12 @@ class Job(Section):
     def semantic(self) -> dict[str, object]:
         """What determines the content of the output: a run with another value of it is another
         run. Where the input lies and how the work is spread are not part of it; the input's bytes
-        are pinned shard by shard instead."""
+        are pinned shard by shard instead. A local model is named from the root, so that a job is
+        the same run from whatever folder it is submitted."""
+        model = self.model.model_dump(mode="json")
         rows = self.input.model_dump(mode="json", exclude={"path", "storage_options"})
         content: dict[str, object] = {
-            "model": self.model.model_dump(mode="json"),
+            "model": {**model, "path": self.model.path_from_root},
             "input": rows,
             "generation": self._generation_content(),
         }
@@ -443,6 +453,16 @@ def check_source(source: JobSource) -> Reading:
         stem = Path(source.name).stem
         job = job.model_copy(update={"name": stem if stem.isprintable() and stem else "job"})
     return Reading(job, in_order(found), frozenset(bad))
+
+
+def from_root(path: str) -> str:
+    """A local path as seen from the root; URLs stay as they are."""
+    if "://" in path:
+        return path
+    # Not resolve(): a glob stays as it is, and a link may point elsewhere on a cluster.
+    local = Path(path).expanduser()
+    # The folder that a process runs in may be gone, so it is asked for where it matters.
+    return str(local if local.is_absolute() else Path.cwd() / local)
 
 
 def json_schema() -> dict[str, Any]:

@@ -107,7 +107,8 @@ class OpenLease:
         self.journal = Journal()
         self.writer: PartWriter | None = None
         self._verdicts: dict[tuple[int, int], Verdict] = {}
-        self._is_open = False
+        self.is_open = False
+        """Whether the journal was taken in."""
         self.at_end = False
         self.num_open = 0
         """Rows that the engine or a scorer has."""
@@ -128,13 +129,13 @@ class OpenLease:
     def open(self, part_format: PartFormat) -> bool:
         """Take in the journal, if it has been read; False when it has not. Raises what reading it
         raised."""
-        if self._is_open or not self.opening.done():
-            return self._is_open
+        if self.is_open or not self.opening.done():
+            return self.is_open
         self.journal = self.opening.result()
         if self.lease.whole:
             journaled = _Scored(self.journal.finished, self._verdicts)
             self.writer = PartWriter(self.reader, part_format, journaled=journaled)
-        self._is_open = True
+        self.is_open = True
         return True
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request, Timings
 from batchrun.engine.tokenizer import Tokenizer
 from batchrun.errors import CheckpointError, RequestError
+from batchrun.job import TINY
 from batchrun.records import FinishReason, Message, ToolCall
 from batchrun.tools import as_call, parse_calls, tool_problems
 from batchrun.wording import dotted
@@ -22,9 +23,6 @@ from batchrun.wording import dotted
 Prompt = str | Sequence[int] | Mapping[str, object]
 """A text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}`` as in vLLM."""
 Conversation = Sequence[Mapping[str, object] | Message]
-
-TINY = "tiny"
-"""The name of the model that ships with the package."""
 
 
 @dataclass(frozen=True, slots=True)

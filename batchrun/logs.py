@@ -1,6 +1,7 @@
 """Logs: one JSON object a line, with the run it belongs to, without secrets or control characters.
 
-Prompts and completions are never logged; whoever logs names rows by shard and row.
+Prompts and completions are never logged; whoever logs names rows by shard and row. What happens to
+a run is told by :func:`log_event`; nobody hears of it until logging is configured.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import json
 import logging
 import re
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -18,6 +20,9 @@ from pathlib import Path
 from typing import TextIO
 
 REDACTED = "[redacted]"
+_MAX_FIELD = 2000  # characters of a value; a traceback has four times as many
+_REPEAT_S = 60.0
+_STORY = "batchrun.events"
 
 # Each pattern keeps what names the secret and drops the secret: `keep` and `tail` stay.
 _SECRETS = tuple(
@@ -89,8 +94,75 @@ def log_context(**fields: str | int) -> Iterator[None]:
         _context.reset(token)
 
 
+def log_event(
+    event: str,
+    message: str,
+    *,
+    level: int = logging.INFO,
+    error_class: str = "",
+    place: Mapping[str, str | int] | None = None,
+    **fields: str | int | float,
+) -> None:
+    """One line of a run's story. ``event`` is its name, ``place`` and ``fields`` say where it
+    belongs (shard, attempt, row, worker) and how much it was.
+
+    Of lines with the same ``error_class`` one is written a minute; it says how many there were.
+    """
+    story = {"event": event, "error_class": error_class, "fields": {**(place or {}), **fields}}
+    logging.getLogger(_STORY).log(level, "%s", message, extra={"story": story})
+
+
+class RepeatGate:
+    """Lets one of a kind pass in a while, and counts the others."""
+
+    def __init__(
+        self, seconds: float = _REPEAT_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._kinds: dict[str, tuple[float, int]] = {}  # when one passed last; how many since
+
+    def admit(self, kind: str, count: int = 1) -> int:
+        """0 when one of ``kind`` has just passed; else how many came since, these included."""
+        passed_at, held = self._kinds.get(kind, (float("-inf"), 0))
+        now = self._clock()
+        if now - passed_at < self._seconds:
+            self._kinds[kind] = (passed_at, held + count)
+            return 0
+        self._kinds[kind] = (now, 0)
+        return held + count
+
+    def held(self) -> dict[str, int]:
+        """How many of each kind did not pass since the last that did."""
+        return {kind: held for kind, (_, held) in self._kinds.items() if held}
+
+
+class _Repeats(logging.Filter):
+    """Drops errors that were logged just now; the next that passes says how many there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = RepeatGate()
+        self.places: dict[str, dict[str, str | int]] = {}  # the context of those held back
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        story = getattr(record, "story", None)
+        if story is not None:
+            kind, count = story["error_class"], int(story["fields"].get("rows", 1))
+        else:
+            kind, count = f"{record.name}: {record.msg}", 1
+            if record.levelno < logging.WARNING:
+                return True
+        if not kind:
+            return True
+        occurrences = self.gate.admit(kind, count)
+        record.__dict__["occurrences"] = occurrences
+        self.places[kind] = dict(_context.get())
+        return occurrences > 0
+
+
 class JsonFormatter(logging.Formatter):
-    """One record as one line of JSON: time, level, logger, message, context, exception."""
+    """One record as one line of JSON: time, level, event, logger, message, context, exception."""
 
     def __init__(self, fields: Mapping[str, str | int] | None = None) -> None:
         super().__init__()
@@ -99,16 +171,24 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line; every text in it is redacted."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line: dict[str, str | int] = {
+        line: dict[str, object] = {
             "time": time.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": redact(record.getMessage()),
         }
-        for key, value in (*self._fields.items(), *_context.get()):
-            line[key] = redact(value) if isinstance(value, str) else value
+        story = getattr(record, "story", None)
+        if story is not None:
+            line["event"] = story["event"]
+        else:
+            line["logger"] = record.name
+        line["message"] = _clean(record.getMessage())
+        own = {} if story is None else story["fields"]
+        for key, value in {**self._fields, **dict(_context.get()), **own}.items():
+            line[key] = _clean(value) if isinstance(value, str) else value
+        if getattr(record, "occurrences", 1) > 1:
+            line["occurrences"] = getattr(record, "occurrences", 1)
         if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = redact("".join(traceback.format_exception(*record.exc_info)))
+            text = "".join(traceback.format_exception(*record.exc_info))
+            line["exception"] = redact(text)[-4 * _MAX_FIELD :]
         # json escapes control characters; the default keeps the line ASCII for any collector.
         return json.dumps(line)
 
@@ -120,7 +200,8 @@ def configure_logging(
     path: Path | None = None,
     fields: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Send this package's logs as JSON lines to ``stream`` (default stderr), or to ``path``.
+    """Send this package's logs as JSON lines to ``stream`` (default stderr), or to the end of
+    ``path``.
 
     ``fields`` stand on every line of the process. Calling again replaces what was before; loggers
     of other libraries are left alone.
@@ -132,13 +213,65 @@ def configure_logging(
     else:
         handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(fields))
+    handler.addFilter(_Repeats())
     logger = logging.getLogger("batchrun")
-    for old in logger.handlers[:]:
-        logger.removeHandler(old)
-        old.close()
+    _end_handlers(logger)
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
+
+
+@contextmanager
+def log_file(path: str | None) -> Iterator[None]:
+    """Inside this block what happens is logged to the end of the file ``path``; ``-`` is stderr.
+
+    Warnings go to stderr as well, for people, as they do without it. None changes nothing. Raises
+    OSError where the file cannot be opened.
+    """
+    if path is None:
+        yield
+        return
+    logger = logging.getLogger("batchrun")
+    level, propagate = logger.level, logger.propagate
+    configure_logging(level="INFO", path=None if path == "-" else Path(path))
+    if path != "-":
+        people = logging.StreamHandler(sys.stderr)
+        people.setLevel(logging.WARNING)
+        people.addFilter(lambda record: not hasattr(record, "story"))
+        logger.addHandler(people)
+    try:
+        yield
+    finally:
+        _say_held(logger)
+        _end_handlers(logger)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _say_held(logger: logging.Logger) -> None:
+    """The errors that nobody would hear of any more."""
+    for handler in logger.handlers:
+        for repeats in handler.filters:
+            if isinstance(repeats, _Repeats):
+                for kind, count in repeats.gate.held().items():
+                    message = f"{count} more of: {kind}"
+                    place = {**repeats.places[kind], "occurrences": count}
+                    log_event("repeated", message, level=logging.WARNING, place=place)
+
+
+def _end_handlers(logger: logging.Logger) -> None:
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
+
+
+def _clean(text: str) -> str:
+    text = redact(text)
+    return text if len(text) <= _MAX_FIELD else f"{text[:_MAX_FIELD]}..."
+
+
+# What nobody listens to is dropped: without this Python prints warnings on stderr.
+logging.getLogger(_STORY).addHandler(logging.NullHandler())
 
 
 def _mask(match: re.Match[str]) -> str:

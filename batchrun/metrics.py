@@ -141,6 +141,14 @@ WORKER_SECONDS = Series(
     {"state": ("provision", "load", "compile", "generate", "starved", "drain")},
     per_worker=True,
 )
+ROOFLINE = Series(
+    "batchrun_roofline_ratio",
+    Kind.GAUGE,
+    "How near the engine's steps are to the least time that the device's bandwidth and arithmetic "
+    "allow, over the last seconds. Absent where that says nothing: on GPUs whose rates are not "
+    "known, and for a model on a CPU that fits into its caches.",
+    per_worker=True,
+)
 ETA = Series("batchrun_eta_seconds", Kind.GAUGE, "Estimated time to the end of the run.")
 LAST_PROGRESS = Series(
     "batchrun_last_progress_timestamp_seconds",
@@ -166,10 +174,11 @@ ALL_SERIES = (
     CHECKPOINT_SECONDS,
     STORAGE_REQUESTS,
     WORKER_SECONDS,
+    ROOFLINE,
     ETA,
     LAST_PROGRESS,
 )
-"""The series of this version. Others of the public contract come with their features."""
+"""Every series, once."""
 
 _BY_NAME = {series.name: series for series in ALL_SERIES}
 

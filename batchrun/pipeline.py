@@ -43,6 +43,7 @@ from batchrun.metrics import (
     CHECKPOINT_SECONDS,
     KV_PAGES_TOTAL,
     KV_PAGES_USED,
+    ROOFLINE,
     ROW_SECONDS,
     ROWS_IN_FLIGHT,
     SLOTS_TOTAL,
@@ -64,6 +65,15 @@ from batchrun.records import (
 from batchrun.reports import FailedLease, FinishedLease, ReturnedLease, WorkReport
 from batchrun.rowrequests import RequestBuilder
 from batchrun.scores import Verdict
+from batchrun.worklog import (
+    FailureLog,
+    log_ended,
+    log_flush_failed,
+    log_flushed,
+    log_gone,
+    log_opened,
+    log_retried,
+)
 
 MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
@@ -78,6 +88,7 @@ _MAX_WAITING_TOKENS = 1 << 18  # about 10 MiB, with the texts
 _MAX_HELD_BYTES = 64 << 20  # carried columns of rows that are not written yet
 _MOST_HELD_BYTES = 512 << 20  # the same, where the engine may run dry
 _MAX_ROWS_A_TURN = 256  # rows read between two engine steps: a call stays short on bad rows
+_ROOFLINE_S = 5.0  # of steps: what a ratio is taken over
 _SCORES_S = 2.0  # for scores that are on their way when the work has to stop
 
 _RowKey = tuple[str, int]  # attempt, ordinal
@@ -123,6 +134,7 @@ class Pipeline:
         self._flight = flight
         self._keeps_finished = keeps_finished
         self._before = engine.stats()
+        self._gauged = self._before
         self._schema = schema
         self._format = part_format
         self._clock = clock
@@ -134,6 +146,7 @@ class Pipeline:
         self._flight_is_late = False
         self._discarded_tokens = 0
         self._recorder = Recorder()
+        self._failures = FailureLog()
         self.draining = False
         """Set to give the leases at hand back and ask for no more."""
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -173,6 +186,7 @@ class Pipeline:
         """Drop a lease whose rows are safe by another's work. Does nothing when it has ended."""
         for item in [item for item in self._leases if item.lease.attempt == attempt]:
             self._drop(item)
+            log_gone(item.lease, "lease_cancelled", "its rows are safe, or not needed")
 
     def work(self, seconds: float) -> WorkReport:
         """Work for about so long, or until a lease has ended, or nothing is left to do; when
@@ -286,7 +300,7 @@ class Pipeline:
         left = _MAX_ROWS_A_TURN
         for item in list(self._leases):
             while not item.at_end:
-                if left <= 0 or not self._has_room(0) or not item.open(self._format):
+                if left <= 0 or not self._has_room(0) or not self._open(item):
                     break
                 try:
                     rows = self._read(item, min(left, BUILD_ROWS))
@@ -300,6 +314,14 @@ class Pipeline:
             if not item.at_end and item in self._leases:
                 break  # one lease after the other
         return failed
+
+    def _open(self, item: OpenLease) -> bool:
+        """Whether the lease's journal is there."""
+        if item.is_open:
+            return True
+        if item.open(self._format):
+            log_opened(item)
+        return item.is_open
 
     def _read(self, item: OpenLease, most: int) -> list[Row]:
         """The next rows of a lease, as many as are there and as there is room for."""
@@ -387,6 +409,7 @@ class Pipeline:
         failed = [self._scored(failed_sample(row, sample, error), row.answer) for sample in samples]
         for completion in failed:
             item.add(completion)
+        self._failures.add(item.lease, failed[0])
         item.count(self._format.count(in_order([*finished, *failed])))
 
     # -- the engine ----------------------------------------------------------------------------
@@ -422,6 +445,7 @@ class Pipeline:
             if num_retries < self._job.errors.max_retries:
                 open_row.num_retries[output.sample] = num_retries + 1
                 open_row.owner.forget(open_row.row.ordinal, output.sample)
+                log_retried(open_row.owner.lease, open_row.row.id, open_row.row.ordinal)
                 # Without what it took over: that may be what is wrong with it.
                 request = replace(open_row.missing[output.sample], generated=None)
                 open_row.missing[output.sample] = request
@@ -500,6 +524,9 @@ class Pipeline:
         if open_row.is_known:
             open_row.owner.known += counts
             return
+        wrong = next((item for item in open_row.finished if item.error is not None), None)
+        if wrong is not None:
+            self._failures.add(open_row.owner.lease, wrong)
         open_row.owner.count(counts)
         seconds = self._clock() - open_row.added_at - (open_row.queued_s or 0.0)
         self._recorder.observe(ROW_SECONDS, max(0.0, seconds))
@@ -542,6 +569,7 @@ class Pipeline:
     def _give_up(self, item: OpenLease, error: ShardError) -> FailedLease:
         """Drop a lease whose shard cannot be read, with all its rows."""
         self._drop(item)
+        log_gone(item.lease, "lease_failed", error.message)
         hint = f" ({error.hint})" if error.hint else ""
         return FailedLease(item.lease, error.message + hint)
 
@@ -615,8 +643,12 @@ class Pipeline:
 
     def _end_flush(self, item: OpenLease) -> None:
         started_at = item.end_flush()
-        if started_at is not None:
-            self._recorder.observe(CHECKPOINT_SECONDS, max(0.0, self._clock() - started_at))
+        if started_at is None:
+            log_flush_failed(item.lease)
+            return
+        seconds = max(0.0, self._clock() - started_at)
+        self._recorder.observe(CHECKPOINT_SECONDS, seconds)
+        log_flushed(item.lease, item.state.saved, seconds)
 
     def _end_publishing(
         self, item: OpenLease, done: list[FinishedLease], failed: list[FailedLease]
@@ -632,6 +664,7 @@ class Pipeline:
 
     def _end(self, item: OpenLease, finished: FinishedLease, done: list[FinishedLease]) -> None:
         done.append(finished)
+        log_ended(item.lease, finished.part)
         self._leases.remove(item)
         self._writers.pop(item.lease.attempt, None)
         item.close()
@@ -664,6 +697,8 @@ class Pipeline:
         for item in list(self._leases):
             state = item.state
             returned.append(ReturnedLease(item.lease.attempt, state.saved))
+            message = f"given back with {state.saved.rows} finished rows in the journal"
+            log_gone(item.lease, "lease_returned", message)
             self._discarded_tokens += item.unsaved_tokens
             if item.flushing is not None:
                 self._discarded_tokens += self._abort(item)
@@ -697,6 +732,7 @@ class Pipeline:
             discarded_tokens=self._discarded_tokens,
             unsaved_tokens=self._num_unsaved_tokens(),
             draining=self.draining,
+            failures=self._failures.take(),
             metrics=self._recorder.take(),
         )
 
@@ -716,4 +752,10 @@ class Pipeline:
         self._recorder.set(SLOTS_TOTAL, stats.slots_total)
         self._recorder.set(KV_PAGES_USED, stats.blocks_used)
         self._recorder.set(KV_PAGES_TOTAL, stats.blocks_total)
+        if stats.least_seconds is not None:
+            seconds = stats.step_seconds - self._gauged.step_seconds
+            if seconds >= _ROOFLINE_S:
+                least = stats.least_seconds - (self._gauged.least_seconds or 0.0)
+                self._recorder.set(ROOFLINE, least / seconds)
+                self._gauged = stats
         traffic().record(self._recorder)

@@ -30,7 +30,7 @@ from batchrun.errors import (
 )
 from batchrun.evaluate import INSTALL_MATH, ScoreSpec, missing_library
 from batchrun.formats import ResponseFormat, slips
-from batchrun.job import Job
+from batchrun.job import TINY, Job
 from batchrun.jobfile import JobSource, KeyPath
 from batchrun.model.checkpoint import check_checkpoint, expected_tensors
 from batchrun.model.config import ModelConfig, load_config
@@ -44,7 +44,6 @@ Finder = Callable[
 """Finds the files of an input: those that can be used, and what is wrong with the others."""
 
 _T = TypeVar("_T")
-_TINY = "tiny"
 _MAX_FILE_PROBLEMS = 20
 
 
@@ -246,8 +245,8 @@ class _Inspector:
 
     def _checkpoint_folder(self) -> Path:
         path = self.job.model.path
-        if path == _TINY:
-            return Path(__file__).parent / "models" / _TINY
+        if path == TINY:
+            return Path(__file__).parent / "models" / TINY
         # A remote checkpoint's weights are downloaded by the workers, where they are needed.
         return fetch(path, self.job.model_storage_options, weights=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from batchrun.metrics import MetricsDelta
-from batchrun.records import Counts, Lease, Part
+from batchrun.records import Counts, ErrorKind, Lease, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,16 @@ class ReturnedLease:
 
 
 @dataclass(frozen=True, slots=True)
+class RowFailures:
+    """Rows that became error rows of one kind: how many, and the shard and id of the first."""
+
+    kind: ErrorKind
+    num_rows: int
+    shard: int
+    row_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkReport:
     """What one call of :meth:`~batchrun.pipeline.Pipeline.work` brought.
 
@@ -69,7 +79,8 @@ class WorkReport:
     nothing is left to do. Of the pipeline so far are ``sampled_tokens``, of unfinished rows too,
     ``prompt_tokens``, those that were computed, ``prefix_tokens``, those of prompts that did not
     have to be, and ``discarded_tokens``, sampled for nothing. ``unsaved_tokens`` would be lost
-    with the worker now. A ``draining`` pipeline takes no further leases.
+    with the worker now. A ``draining`` pipeline takes no further leases. ``failures`` are rows
+    that failed since the last report, one entry a kind.
     """
 
     done: tuple[FinishedLease, ...] = ()
@@ -84,4 +95,5 @@ class WorkReport:
     discarded_tokens: int = 0
     unsaved_tokens: int = 0
     draining: bool = False
+    failures: tuple[RowFailures, ...] = ()
     metrics: MetricsDelta = field(default_factory=MetricsDelta)

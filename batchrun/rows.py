@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+_MAX_SHOWN = 16  # ranges
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -53,6 +55,15 @@ class Rows:
         """The ordinals, rising."""
         for begin, end in self.ranges:
             yield from range(begin, end)
+
+    def __str__(self) -> str:
+        """For people: ``0-15,20``, both ends included; of many ranges the first and how many."""
+        texts = [
+            f"{begin}" if end - begin == 1 else f"{begin}-{end - 1}"
+            for begin, end in self.ranges[:_MAX_SHOWN]
+        ]
+        more = len(self.ranges) - _MAX_SHOWN
+        return ",".join(texts) + (f" and {more} more ranges" if more > 0 else "")
 
     def __contains__(self, ordinal: int) -> bool:
         return any(begin <= ordinal < end for begin, end in self.ranges)

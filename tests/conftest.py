@@ -18,6 +18,7 @@ import pytest
 import s3fs
 from hypothesis import HealthCheck, settings
 
+from tests.integration.faults import RUNTIME_ENV
 from tests.radosgw import ACCESS_KEY, SECRET_KEY, radosgw
 
 # How long an example takes says something about the machine, nothing about a promise.
@@ -118,3 +119,25 @@ def _wait_until_up(endpoint: str, server: subprocess.Popen[bytes]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise RuntimeError(f"the S3 server at {endpoint} does not answer")
+
+
+@pytest.fixture(scope="session")
+def cluster(s3_process: str) -> Iterator[str]:
+    """The address of a Ray of this session. Runs in this process use it by themselves.
+
+    The S3 server is there first, so that workers inherit its credentials.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        runtime_env=RUNTIME_ENV,
+        include_dashboard=False,
+        num_cpus=8,
+        object_store_memory=80 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield str(ray.get_runtime_context().gcs_address)
+    ray.shutdown()

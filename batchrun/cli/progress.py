@@ -8,12 +8,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from rich.progress import BarColumn, TaskID
     from rich.progress import Progress as Bar
-    from rich.progress import TaskID
 
     from batchrun.cluster.tally import Progress
 
 _LINE_EVERY_S = 10.0
+_SPINNER_WIDTH = 2
+_BAR_WIDTHS = (24, 16, 8)  # a bar that changed with every digit of the line would jump
 
 
 class ProgressView:
@@ -23,6 +25,7 @@ class ProgressView:
         self._stream = stream if stream is not None else sys.stderr
         self._quiet = quiet
         self._bar: Bar | None = None
+        self._drawn: BarColumn | None = None
         self._task: TaskID | None = None
         self._last_line_at: float | None = None
         self._last_note = ""
@@ -32,11 +35,13 @@ class ProgressView:
             from rich.console import Console
             from rich.progress import BarColumn, SpinnerColumn, TextColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
+            self._drawn = BarColumn(bar_width=_BAR_WIDTHS[0])
             self._bar = Bar(
                 SpinnerColumn(),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[line]}", markup=False),
+                self._drawn,
+                TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True)),
                 console=Console(file=self._stream),
                 transient=True,
                 refresh_per_second=4,
@@ -71,12 +76,16 @@ class ProgressView:
         self._last_note = progress.note
         if self._quiet:
             return
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None and self._task is not None and self._drawn is not None:
+            width = self._bar.console.width - _SPINNER_WIDTH
+            line = progress_line(progress, width - _BAR_WIDTHS[-1] - 1)
+            room = width - len(line) - 1
+            self._drawn.bar_width = next((w for w in _BAR_WIDTHS if w <= room), _BAR_WIDTHS[-1])
             self._bar.update(
                 self._task,
                 total=max(1, progress.total_rows),
                 completed=progress.done.rows,
-                line=progress_line(progress),
+                line=line,
             )
             return
         now = time.monotonic()
@@ -85,21 +94,30 @@ class ProgressView:
             print(progress_line(progress), file=self._stream, flush=True)
 
 
-def progress_line(progress: Progress) -> str:
-    """One line: rows, failed rows, tokens a second, time left, workers."""
+def progress_line(progress: Progress, width: int | None = None) -> str:
+    """One line: rows, failed rows, right answers, tokens a second, time left, workers. In less than
+    ``width`` columns only what fits, the rows and the time left before all else."""
     done = progress.done
     share = done.rows / progress.total_rows if progress.total_rows else 1.0
-    parts = [f"{done.rows:,}/{progress.total_rows:,} rows ({share:.0%})"]
-    if done.failed_rows:
-        parts.append(f"{done.failed_rows:,} failed")
-    if done.scores is not None and (accuracy := done.scores.accuracy) is not None:
-        parts.append(f"{accuracy.value:.1%} right")
-    parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
-    parts.append(f"ETA {'--' if progress.eta_s is None else duration(progress.eta_s)}")
     states = ", ".join(f"{count} {state}" for state, count in progress.workers.items() if count)
-    if states:
-        parts.append(f"workers: {states}")
-    return " · ".join(parts)
+    accuracy = None if done.scores is None else done.scores.accuracy
+    parts = {
+        "rows": f"{done.rows:,}/{progress.total_rows:,} rows ({share:.0%})",
+        "failed": f"{done.failed_rows:,} failed" if done.failed_rows else "",
+        "right": "" if accuracy is None else f"{accuracy.value:.1%} right",
+        "tokens": f"{progress.tokens_per_s:,.0f} tokens/s",
+        "eta": f"ETA {'--' if progress.eta_s is None else duration(progress.eta_s)}",
+        "workers": f"workers: {states}" if states else "",
+    }
+    line = " · ".join(part for part in parts.values() if part)
+    for shorter in ("workers", "right", "tokens", "workers", "failed"):
+        if width is None or len(line) <= width:
+            break
+        # The states of workers are worth more than the word before them.
+        long = shorter == "workers" and parts["workers"].startswith("workers: ")
+        parts[shorter] = states if long else ""
+        line = " · ".join(part for part in parts.values() if part)
+    return line
 
 
 def duration(seconds: float) -> str:

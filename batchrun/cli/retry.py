@@ -43,6 +43,7 @@ def command(
     overrides: tuple[str, ...],
     address: str | None,
     deterministic: bool,
+    log_file: str | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -69,6 +70,7 @@ def command(
 
     if place and place.startswith(("http://", "https://")):
         flags = ["--errors", ",".join(kinds), *(["--deterministic"] if deterministic else [])]
+        flags += [] if log_file is None else ["--log-file", log_file]
         return submit_to(place, job, "retry", flags, wait=True, as_json=as_json)
 
     def run(stop: threading.Event, view: ProgressView) -> Summary:
@@ -83,7 +85,7 @@ def command(
             view=view,
         )
 
-    return report(run, RunOptions(as_json, quiet, deterministic))
+    return report(run, RunOptions(as_json, quiet, deterministic, log_file=log_file))
 
 
 def _kinds(errors: str | None) -> tuple[ErrorKind, ...]:

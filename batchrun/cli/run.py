@@ -28,6 +28,7 @@ def command(
     address: str | None,
     keep_finished: bool,
     deterministic: bool,
+    log_file: str | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -41,5 +42,5 @@ def command(
     source = read_job_file(job_path, overrides)
     job = parse_job(source)
     where = address or job.ray.address or os.environ.get("RAY_ADDRESS") or "auto"
-    options = RunOptions(as_json, quiet, deterministic, keep_finished)
+    options = RunOptions(as_json, quiet, deterministic, keep_finished, log_file)
     return run_and_report(job, source, where, options)

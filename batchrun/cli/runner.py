@@ -17,6 +17,7 @@ from batchrun.cli import echo_error
 from batchrun.cli.options import echo_json
 from batchrun.cli.progress import ProgressView, duration
 from batchrun.cli.scores import score_lines
+from batchrun.logs import log_file
 
 if TYPE_CHECKING:
     from batchrun.cluster.summary import Retried, Summary
@@ -32,10 +33,17 @@ class RunOptions:
     quiet: bool
     deterministic: bool
     keep_finished: bool = False
+    log_file: str | None = None
 
 
 def run_options(command: Any) -> Any:
-    """Adds ``--deterministic`` and ``--quiet``."""
+    """Adds ``--deterministic``, ``--log-file`` and ``--quiet``."""
+    command = click.option(
+        "--log-file",
+        metavar="FILE",
+        envvar="BATCHRUN_LOG_FILE",
+        help="Append what happens to the run as JSON lines; - is stderr.",
+    )(command)
     command = click.option(
         "--deterministic",
         is_flag=True,
@@ -73,7 +81,11 @@ def run_and_report(job: Job, source: JobSource, address: str | None, options: Ru
 
 def report(run: Callable[[threading.Event, ProgressView], Summary], options: RunOptions) -> int:
     """Have ``run`` do its work in the foreground, and say how it ended; the exit code."""
-    with stop_on_signals() as stop, ProgressView(quiet=options.quiet) as view:
+    with (
+        stop_on_signals() as stop,
+        logged_to(options.log_file),
+        ProgressView(quiet=options.quiet) as view,
+    ):
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what befell its daemons
             summary = run(stop, view)
     if options.as_json:
@@ -83,6 +95,19 @@ def report(run: Callable[[threading.Event, ProgressView], Summary], options: Run
     if not options.quiet:
         echo_error(summary_text(summary))
     return 0
+
+
+@contextlib.contextmanager
+def logged_to(path: str | None) -> Iterator[None]:
+    """:func:`batchrun.logs.log_file`, where a file that cannot be written is a wrong command."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(log_file(path))
+        except OSError as error:
+            raise click.BadParameter(
+                f"{path}: {error.strerror}", param_hint="'--log-file'"
+            ) from error
+        yield
 
 
 @contextlib.contextmanager

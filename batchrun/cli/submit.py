@@ -47,6 +47,7 @@ def command(
     skip_checks: bool,
     keep_finished: bool,
     deterministic: bool,
+    log_file: str | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -58,6 +59,10 @@ def command(
     Without an address Ray is started here, the job runs in the foreground with live progress, and
     Ray is stopped again. Ctrl-C stops it with exit code 75. In both cases the same command after
     whatever happened resumes the run: what is finished stays.
+
+    With --log-file what happens to workers, shards and rows is appended to a file, one JSON object
+    a line, to be searched for a shard or a row; on a cluster it is a file of the node that the run
+    is driven from, and - puts the lines where `batchrun logs` shows them.
     """
     from batchrun.job import parse_job
     from batchrun.jobfile import read_job_file
@@ -69,11 +74,12 @@ def command(
         run_id = "" if skip_checks else _checked(job, source, keep_finished=keep_finished)
         flags = ["--deterministic"] if deterministic else []
         flags += ["--keep-finished"] if keep_finished else []
+        flags += [] if log_file is None else ["--log-file", log_file]
         return submit_to(where, job, "run", flags, run_id=run_id, wait=wait, as_json=as_json)
     if wait or skip_checks:
         flag = "--wait" if wait else "--skip-checks"
         raise click.UsageError(f"{flag} is for a cluster: give --address")
-    options = RunOptions(as_json, quiet, deterministic, keep_finished)
+    options = RunOptions(as_json, quiet, deterministic, keep_finished, log_file)
     return run_and_report(job, source, None, options)
 
 

@@ -13,7 +13,7 @@ from batchrun.cli import echo_error
 from batchrun.cli.curve import curve_text
 from batchrun.cli.options import debug_option, echo_json, job_argument, json_option, set_option
 from batchrun.cli.progress import ProgressView
-from batchrun.cli.runner import run_options, stop_on_signals
+from batchrun.cli.runner import logged_to, run_options, stop_on_signals
 from batchrun.errors import RequestError
 
 
@@ -53,6 +53,7 @@ def command(
     overrides: tuple[str, ...],
     address: str | None,
     deterministic: bool,
+    log_file: str | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -77,7 +78,7 @@ def command(
 
     source = read_job_file(job_path, overrides)
     job = parse_job(source)
-    with stop_on_signals() as stop, ProgressView(quiet=quiet) as view:
+    with stop_on_signals() as stop, logged_to(log_file), ProgressView(quiet=quiet) as view:
         from batchrun.cluster.sweep import SWEEP_NAME, run_sweep
 
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what befell its daemons

@@ -23,7 +23,16 @@ from batchrun import __version__
 from batchrun.cluster.capacity import Capacity, WorkerShape, plan_shape
 from batchrun.cluster.chronicle import Chronicle
 from batchrun.cluster.opening import CheckedJob, check
-from batchrun.cluster.session import nodes_are_coming, ray_lives, ray_session, read_capacity
+from batchrun.cluster.session import (
+    forget_ray,
+    head_address,
+    head_answers,
+    nodes_are_coming,
+    ray_lives,
+    ray_session,
+    read_capacity,
+)
+from batchrun.cluster.story import Story
 from batchrun.cluster.summary import Retried, Summary, retry_text
 from batchrun.cluster.tally import Progress, Tally
 from batchrun.cluster.worker import TraceSource, WorkerSettings
@@ -65,6 +74,7 @@ from batchrun.events import (
 )
 from batchrun.job import Job
 from batchrun.jobfile import JobSource
+from batchrun.logs import RepeatGate, log_context
 from batchrun.metrics import (
     ETA,
     LAST_PROGRESS,
@@ -80,6 +90,7 @@ from batchrun.metrics import (
     RunMetrics,
 )
 from batchrun.records import Counts, Part
+from batchrun.wording import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,9 +104,11 @@ _SAVE_EVERY_S = 3.0
 _RECORD_EVERY_S = 10.0
 _GENERATED = ("reasoning", "completion")  # the kinds of tokens that a worker makes
 _DRAIN_S = 15.0
+_SAY_FAILURES_EVERY_S = 10.0
 _CHECK_ALIVE_EVERY_S = 1.0
 _SAY_PENDING_AFTER_S = 10.0
 _GIVE_UP_PENDING_AFTER_S = 60.0
+_HEAD_SILENT_S = 20.0  # Ray ends this process after 60
 
 _RESTART_CAUSE = {
     LossCause.CRASH: "died",
@@ -175,6 +188,8 @@ def run_checked(
         if not cluster.is_local or cluster.is_choosy:
             cluster.connect()  # what it cannot give is known before anything is written
         lock = stack.enter_context(RunLock(checked.store, checked.run))
+        name = checked.job.name
+        stack.enter_context(log_context(run=checked.run, job=name, epoch=lock.epoch))
         driver = _Driver(checked, checked.open(), lock, started, view, stop or threading.Event())
         stack.callback(driver.close)
         return driver.run(cluster, deterministic, source)
@@ -190,6 +205,9 @@ class Cluster:
         """With ``keeps_workers`` the next run gets the workers of the one before, with the model
         that they have loaded; the runs must agree in model, resources and determinism."""
         self.is_local = address is None
+        self.is_lost = False
+        """Whether its head is dead: whatever is asked of Ray then waits for it."""
+        self._head: str | None = None
         self.spares: list[Any] | None = [] if keeps_workers else None
         """Idle workers without a run."""
         self._resources = job.resources
@@ -205,7 +223,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if not self.is_lost:
+            self._stack.close()
 
     @property
     def is_choosy(self) -> bool:
@@ -220,6 +239,8 @@ class Cluster:
                 ray_session(self._address, wanted.most_workers, self._runtime_env)
             )
             self._stack.callback(self._end_spares)
+            if not self.is_local:
+                self._head = head_address()
             gpus = wanted.gpus_per_worker
             self._shape = plan_shape(
                 self._capacity,
@@ -232,8 +253,11 @@ class Cluster:
         return self._shape
 
     def check_alive(self, *, at_once: bool = False) -> None:
-        """Raise InterruptedRunError when the Ray of this machine has died: its actors would be
-        waited for in vain. An existing cluster may get a node again. Looks once a second."""
+        """Raise InterruptedRunError when the Ray of this machine, or the head of the cluster, has
+        died: workers would be waited for in vain. Looks for a Ray of this machine once a second;
+        a head may be silent for a while, as it may be started again."""
+        if self._head is not None:
+            self._check_head(self._head)
         now = time.monotonic()
         if self.is_local and (at_once or now >= self._check_at):
             self._check_at = now + _CHECK_ALIVE_EVERY_S
@@ -243,6 +267,26 @@ class Cluster:
                     "everything finished so far is kept; submit again to resume. Memory may have "
                     "been short; Ray's own logs are in /tmp/ray",
                 )
+
+    def _check_head(self, address: str) -> None:
+        """Return when the head answers. Meanwhile nothing is asked of Ray, which would wait for it
+        and then end this process without a word for a person."""
+        silent_since: float | None = None
+        while not head_answers(address):
+            now = time.monotonic()
+            if silent_since is None:
+                silent_since = now
+                self._view.say(f"the head of the cluster at {address} does not answer")
+            elif now - silent_since > _HEAD_SILENT_S:
+                self._head = None
+                self.is_lost = True
+                forget_ray()
+                raise InterruptedRunError(
+                    f"the head of the cluster at {address} is dead: it has not answered for "
+                    f"{_HEAD_SILENT_S:g} s",
+                    "everything finished so far is kept; submit again to resume",
+                )
+            time.sleep(1.0)
 
     def num_neighbours(self) -> int:
         """How many workers may share one machine."""
@@ -306,12 +350,15 @@ class _Driver:
             num_samples=job.generation.n,
             limits=_limits(job),
         )
+        self._story = Story(self._state.shards)
+        self._failures_shown = RepeatGate(_SAY_FAILURES_EVERY_S)
         self._sweeper = JournalSweeper(checked.store, checked.run)
         kept = {number: _without(opened.parts[number], len(rows)) for number, rows in todo.items()}
         self._tally = Tally(opened.total_rows, len(opened.shards), done, kept)
         self._metrics = RunMetrics(job.name, checked.run)
         self._ray_metrics: RayMetrics | None = None
         self._fleet: Fleet | None = None
+        self._cluster: Cluster | None = None
         self._outcome: Outcome | None = None
         self._ready_at: float | None = None  # when the first worker had loaded
         self._chronicle = Chronicle(lock.epoch, __version__, socket.gethostname())
@@ -323,6 +370,9 @@ class _Driver:
 
     def run(self, cluster: Cluster, deterministic: bool, source: TraceSource | None) -> Summary:
         """Work until the coordinator ends the run."""
+        self._cluster = cluster
+        opened = self._opened
+        self._story.begin(opened.total_rows, opened.parts, __version__, socket.gethostname())
         if not self._stop.is_set():
             self._say_begin()
         commands = self._state.handle(RunStarted())
@@ -361,7 +411,7 @@ class _Driver:
 
     def close(self) -> None:
         """End the workers and the metrics' endpoint. May be called twice."""
-        if self._fleet is not None:
+        if self._fleet is not None and not (self._cluster and self._cluster.is_lost):
             self._fleet.stop_all()
         self._sweeper.close()
         self._metrics.close()
@@ -407,10 +457,12 @@ class _Driver:
             self._show(now)
 
     def _handle(self, event: Event) -> None:
+        self._story.tell(event)
         self._do(self._state.handle(event))
 
     def _do(self, commands: list[Command]) -> None:
         for command in commands:
+            self._story.order(command)
             match command:
                 case StartWorker(worker):
                     self._the_fleet.start(worker)
@@ -473,6 +525,7 @@ class _Driver:
         if strike is not None:
             # Before anything is decided: what is known of rows that kill outlives this driver.
             write_strike(self._checked.store, self._checked.run, self._lock.epoch, strike)
+            self._story.strike(strike)
         self._handle(event)
 
     def _take_report(self, news: WorkerReported) -> None:
@@ -480,6 +533,8 @@ class _Driver:
         self._metrics.merge(worker, report.metrics)
         self._spent(worker, "starved", news.starved_s)
         self._tally.report(worker, report)
+        self._story.report(worker, report)
+        self._say_failures(report)
         self._handle(TokensSpent(worker, report.prompt_tokens + report.sampled_tokens))
         if report.draining:
             self._handle(WorkerDraining(worker))
@@ -491,6 +546,15 @@ class _Driver:
             self._handle(WorkerLost(worker, LossCause.NODE, "drained", node_lived=False))
         else:
             self._handle(LeasesWanted(worker, report.num_wanted))
+
+    def _say_failures(self, report: WorkReport) -> None:
+        """Rows that failed, as it happens: of each kind one by name every few seconds."""
+        for failures in report.failures:
+            kind = failures.kind.value
+            num_rows = self._failures_shown.admit(kind, failures.num_rows)
+            if num_rows:
+                more = f", and {num_rows - 1:,} more rows" if num_rows > 1 else ""
+                self._view.say(f"row {quoted(failures.row_id)} failed: {kind}{more}")
 
     def _events(self, worker: str, report: WorkReport) -> Iterator[Event]:
         """The ends of leases in a report, counted."""
@@ -534,6 +598,7 @@ class _Driver:
             progress = replace(progress, note="waiting for the first worker to load its model")
         self._count(progress)
         self._view(progress)
+        self._story.show(progress)
         if now - self._saved_at >= _SAVE_EVERY_S:
             self._saved_at = now
             self._observe(now, progress)
@@ -614,10 +679,18 @@ class _Driver:
             for news in self._fleet.finish(_DRAIN_S):
                 self._metrics.merge(news.worker, news.report.metrics)
                 self._tally.report(news.worker, news.report)
+                self._story.report(news.worker, news.report)
+                self._say_failures(news.report)
                 for event in self._events(news.worker, news.report):
-                    for command in self._state.handle(event):
-                        self._conclude(command)
-        for command in self._state.handle(StopRequested(message)):
+                    self._stop_with(event)
+        self._stop_with(StopRequested(message))
+
+    def _stop_with(self, event: Event) -> None:
+        """Take in a fact while the run is being stopped."""
+        self._story.tell(event)
+        for command in self._state.handle(event):
+            if isinstance(command, FailShard | FinishRun):
+                self._story.order(command)
             self._conclude(command)
 
     def _end(self) -> Summary:

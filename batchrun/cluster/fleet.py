@@ -8,6 +8,7 @@ Restarts are the coordinator's business: Ray restarts nothing here.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,13 @@ class _Member:
         )
 
 
+def _exit_detail(text: str) -> str:
+    """What Ray says of an actor's death, without its ids and its list of common causes."""
+    text = " ".join(text.split())
+    found = re.search(r"Worker exit detail: (.+?)(?: Some common causes|$)", text)
+    return (text if found is None else found[1])[:300]
+
+
 def end_actor(actor: Any) -> None:
     """End a worker's process."""
     if ray.is_initialized():  # else Ray died, and its actors with it
@@ -134,12 +142,13 @@ class Fleet:
 
     def start(self, worker: str) -> None:
         """Ask the cluster for a worker; news of it comes when it has loaded its model."""
+        settings = replace(self._settings, worker=worker)
         if self._spares:
             actor = self._spares.pop()
-            call = actor.take_on.remote(self._settings)
+            call = actor.take_on.remote(settings)
         else:
             name = f"{self._settings.job.name} {self._settings.run[:8]} worker {worker}"
-            actor = self._actor.options(**self._options, name=name).remote(self._settings)
+            actor = self._actor.options(**self._options, name=name).remote(settings)
             call = actor.load.remote()
         now = self._clock()
         self._members[worker] = _Member(actor, asked_at=now, call=call, called_at=now)
@@ -299,7 +308,7 @@ class Fleet:
         lived = not member.draining and self._node_lives(member, text)
         loading = member.loaded is None
         kind = LossCause.NODE if not lived else LossCause.LOAD if loading else LossCause.CRASH
-        message = f"the worker's process died: {text}"
+        message = f"the worker's process died: {_exit_detail(str(error))}"
         return self._give_up(WorkerGone(worker, kind, message, node_lived=lived))
 
     def _give_up(self, gone: WorkerGone) -> WorkerGone | None:

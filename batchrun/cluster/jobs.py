@@ -27,9 +27,9 @@ import ray
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from batchrun import __version__
-from batchrun.cluster.places import absolute, located
+from batchrun.cluster.places import located
 from batchrun.errors import ClusterError, JobError, Problem
-from batchrun.job import Job
+from batchrun.job import Job, from_root
 
 _KEY = "batchrun."
 _JOB_FILE = "job.yaml"
@@ -219,7 +219,8 @@ def shipped_job(job: Job) -> str:
     ``ray`` section, as it runs inside the cluster already."""
     raw = located(job.model_dump(mode="json"))
     del raw["ray"]
-    return json.dumps(raw, indent=2, ensure_ascii=False)
+    # Variables were replaced here: what looks like one now is meant as it stands.
+    return json.dumps(raw, indent=2, ensure_ascii=False).replace("${", "$${")
 
 
 def _runtime_env(job: Job, folder: str) -> dict[str, Any]:
@@ -245,9 +246,10 @@ def _metadata(job: Job, run_id: str) -> dict[str, str]:
     masked = job.redacted()["output"]
     assert isinstance(masked, dict)
     return {
+        "job_name": job.name,  # what Ray's page of jobs shows as their names
         f"{_KEY}job": job.name,
         f"{_KEY}run": run_id,
-        f"{_KEY}output": absolute(job.output.path),
+        f"{_KEY}output": from_root(job.output.path),
         f"{_KEY}storage_options": json.dumps(masked["storage_options"]),
         f"{_KEY}version": __version__,
     }

@@ -24,9 +24,9 @@ from batchrun.data.run import (
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat
 from batchrun.errors import JobError
-from batchrun.job import Job
+from batchrun.job import TINY, Job
 from batchrun.jobfile import JobSource
-from batchrun.llm import TINY, find_checkpoint
+from batchrun.llm import find_checkpoint
 from batchrun.model.checkpoint import checkpoint_fingerprint
 from batchrun.preflight import inspect_job
 from batchrun.prompts import input_columns

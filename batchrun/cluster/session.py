@@ -6,6 +6,7 @@ keys and counts through Ray and nothing else, so start-up time is what matters.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -20,6 +21,7 @@ from batchrun.errors import ClusterError
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's floor is 75 MiB; results are a few hundred bytes each
 _REACH_S = 10.0
+_ANSWER_S = 2.0
 _LABEL = "accelerator_type:"  # how Ray names an accelerator among a node's resources
 _RAY_SETTER = "set_sigterm_handler"  # Ray's function that replaces the handler of SIGTERM
 
@@ -118,6 +120,31 @@ def ray_lives() -> bool:
         return ray.is_initialized() and bool(read_capacity().nodes)
     except Exception:  # many kinds, after Ray's own time limits
         return False
+
+
+def head_address() -> str:
+    """Where the head of the connected cluster listens, as host:port."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def head_answers(address: str) -> bool:
+    """Whether somebody listens there. Asks the network, not Ray, whose calls would wait for a dead
+    head until Ray ends this process."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def forget_ray() -> None:
+    """Give up a cluster whose head is dead: its shutdown would wait for it, now and at exit."""
+    import ray
+
+    atexit.unregister(ray.shutdown)
 
 
 def nodes_are_coming() -> bool:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from batchrun.job import Job
+from batchrun.logs import configure_logging
 from batchrun.records import Generated, Lease, Part, Shard
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class WorkerSettings:
 
     ``num_neighbours`` is how many workers at most share this worker's machine, itself included:
     on a CPU they share its memory. ``source`` is whose tokens are taken over. With ``retry`` parts
-    are made anew for the rows that failed.
+    are made anew for the rows that failed. ``worker`` is the name that the coordinator gave it;
+    without one it logs nothing.
     """
 
     job: Job
@@ -57,6 +59,7 @@ class WorkerSettings:
     num_neighbours: int
     deterministic: bool
     source: TraceSource | None = None
+    worker: str = ""
     retry: Retry | None = None
 
 
@@ -92,7 +95,8 @@ class Worker:
 
     def __repr__(self) -> str:
         """What Ray's dashboard and logs call the actor."""
-        return f"batchrun({self._settings.job.name} {self._settings.run[:8]})"
+        settings = self._settings
+        return f"batchrun({settings.job.name} {settings.run[:8]} worker {settings.worker})"
 
     def load(self) -> Loaded:
         """Load the engine; may take minutes. Raises CheckpointError and the like."""
@@ -100,6 +104,7 @@ class Worker:
         from batchrun.llm import find_checkpoint
 
         started = time.monotonic()
+        self._log()
         # Ray ends a preempted node's processes with SIGTERM first: make safe what there is.
         signal.signal(signal.SIGTERM, self._on_sigterm)
         job = self._settings.job
@@ -115,7 +120,15 @@ class Worker:
         started = time.monotonic()
         self._loaded().close()
         self._settings = settings
+        self._log()
         return self._begin(started)
+
+    def _log(self) -> None:
+        """Log to stderr, which Ray keeps in a file of the worker's."""
+        settings = self._settings
+        if settings.worker:
+            fields = {"run": settings.run, "job": settings.job.name, "worker": settings.worker}
+            configure_logging(level="INFO", fields=fields)
 
     def _begin(self, started: float) -> Loaded:
         from batchrun.cluster.remains import Estate

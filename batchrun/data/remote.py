@@ -193,14 +193,20 @@ class RemoteStore(Store):
                 self._delete([key])
 
     def _probe_create(self, key: str, racer: int) -> bool:
-        """One racer of the probe; its number is its token, so a lost answer does not count."""
-        try:
-            self._create(key, b"probe", {"batchrun-token": str(racer)})
-            return True
-        except Exception as error:
-            if classify(error) is Fault.EXISTS:
-                return self._token(key) == str(racer)
-            raise
+        """One racer of the probe; its number is its token, so a lost answer does not count. Waits
+        out what passes, as a submit may fall into a storm."""
+        for tries in range(1, _MAX_TRIES + 1):
+            try:
+                self._create(key, b"probe", {"batchrun-token": str(racer)})
+                return True
+            except Exception as error:
+                fault = classify(error)
+                if fault is Fault.EXISTS:
+                    return self._token(key) == str(racer)
+                if fault is not Fault.TRANSIENT or tries == _MAX_TRIES:
+                    raise
+            _wait(tries)
+        raise AssertionError("unreachable")
 
     def _patiently(self, attempt: Callable[[], T], path: str) -> T:
         """The answer of ``attempt``, tried again while storage is throttling or away."""
@@ -218,8 +224,7 @@ class RemoteStore(Store):
                 last = self._is_patient or tries == _MAX_TRIES
                 if fault is not Fault.TRANSIENT or last:
                     raise translate(error, Role.OUTPUT, url) from error
-            bound = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**tries)
-            time.sleep(random.uniform(0, bound))
+            _wait(tries)
         raise AssertionError("unreachable")
 
     def _key(self, path: str) -> str:
@@ -240,6 +245,11 @@ class RemoteStore(Store):
     @abstractmethod
     def _delete(self, keys: Sequence[str]) -> None:
         """Delete the keys; absent ones are no error."""
+
+
+def _wait(tries: int) -> None:
+    """Wait after so many tries, by chance, so that many who wait do not come back together."""
+    time.sleep(random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**tries)))
 
 
 class _AbsentError(Exception):

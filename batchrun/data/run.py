@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
@@ -108,12 +108,16 @@ class RunDirectory:
         return self._record(part)
 
     def committed(
-        self, shards: Sequence[Shard], known: Mapping[int, Part] | None = None
+        self,
+        shards: Sequence[Shard],
+        known: Mapping[int, Part] | None = None,
+        failed: Container[int] = (),
     ) -> dict[int, Part]:
         """The published parts by shard number, by listing the output.
 
         ``known`` parts are not read again. A part without a commit record (its worker died in
-        between) is read to make one. Raises OutputError for a part that is missing or altered.
+        between) is read to make one. Raises OutputError for a part that is missing or altered, and
+        ShardError for an object in a part's place that is none, unless its shard is ``failed``.
         """
         sizes = {
             item.path: item.size_bytes
@@ -135,7 +139,12 @@ class RunDirectory:
             name = part_name(self.run, shard)
             if name not in sizes:
                 return None
-            return self._record(part_from_object(self.store, self.run, shard, name, self._n))
+            try:
+                return self._record(part_from_object(self.store, self.run, shard, name, self._n))
+            except ShardError:
+                if shard.number in failed:
+                    return None
+                raise
 
         with ThreadPoolExecutor(_RECORD_THREADS) as pool:
             for part in pool.map(load, [item for item in shards if item.number not in found]):
@@ -229,7 +238,7 @@ class RunDirectory:
         Truth is the listing. The journal goes with a success. Raises when a shard that did not
         fail has no part. May be called again: equal content is not written twice.
         """
-        parts = self.committed(shards, known)
+        parts = self.committed(shards, known, failed)
         missing = [item.name for item in shards if item.number not in {*parts, *failed}]
         if missing or (success and failed):
             raise BatchrunError(

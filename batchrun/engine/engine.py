@@ -19,8 +19,10 @@ from batchrun.engine.model_runner import ModelRunner
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.prefix import PrefixStates
+from batchrun.engine.rates import find_device
 from batchrun.engine.request import Output, Request, Timings
-from batchrun.engine.scheduler import Scheduler
+from batchrun.engine.roofline import StepBound
+from batchrun.engine.scheduler import Scheduler, Step
 from batchrun.engine.sequence import Sequence
 from batchrun.engine.thinking import ForcedClose, Thinking
 from batchrun.engine.threads import torch_threads
@@ -45,7 +47,8 @@ class EngineStats:
     """Facts for metrics. Slots and blocks now, without those of snapshots; the others since the
     engine was loaded. ``prompt_tokens`` were computed, ``prefix_tokens`` are the other tokens of
     prompts: they came with the state that another prompt with the same beginning had left, or
-    belong to an output that was all there already."""
+    belong to an output that was all there already. ``least_seconds`` is how long the steps would
+    have taken at the device's bound, None where that is not known."""
 
     slots_used: int
     slots_total: int
@@ -60,6 +63,7 @@ class EngineStats:
     prefix_tokens: int
     sampled_tokens: int
     forced_tokens: int
+    least_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,10 @@ class Engine:
         load_seconds: float = 0.0,
         num_threads: int | None = None,
         compile_seconds: float = 0.0,
+        bound: StepBound | None = None,
     ) -> None:
-        """``num_threads`` are torch's while a step runs; None leaves them as they are."""
+        """``num_threads`` are torch's while a step runs; None leaves them as they are. ``bound``
+        is that of the device, where it is known."""
         self.config = config
         self.tokenizer = tokenizer
         """None for a checkpoint without tokenizer.json: drive it with token ids."""
@@ -168,6 +174,8 @@ class Engine:
         self._prefix_tokens = 0
         self._sampled_tokens = 0
         self._forced_tokens = 0
+        self._bound = bound
+        self._least_seconds = 0.0
 
     @classmethod
     def load(cls, folder: Path, options: EngineOptions | None = None) -> Engine:
@@ -237,6 +245,7 @@ class Engine:
             load_seconds=time.monotonic() - started,
             num_threads=num_threads,
             compile_seconds=compile_seconds,
+            bound=None if is_small else _find_bound(config, options, num_threads),
         )
 
     @property
@@ -378,6 +387,7 @@ class Engine:
             self._prefix_tokens += sequence.num_cached
         if step.admitted and self.on_admit is not None:
             self.on_admit([sequence.request.key for sequence in step.admitted])
+        least_seconds = 0.0 if self._bound is None else _least_seconds(step, self._bound)
         try:
             with torch_threads(self.num_threads):
                 next_tokens = self.runner.run(step)
@@ -420,6 +430,7 @@ class Engine:
         self._steps += 1
         self._last_step_seconds = now - started
         self._step_seconds += self._last_step_seconds
+        self._least_seconds += least_seconds
         return outputs
 
     def stats(self) -> EngineStats:
@@ -438,6 +449,7 @@ class Engine:
             prefix_tokens=self._prefix_tokens,
             sampled_tokens=self._sampled_tokens,
             forced_tokens=self._forced_tokens,
+            least_seconds=None if self._bound is None else self._least_seconds,
         )
 
     def check_integrity(self) -> None:
@@ -568,4 +580,21 @@ def _error_output(request: Request, error: RowError) -> Output:
         finish_reason=FinishReason.ERROR,
         prompt_tokens=len(request.prompt_token_ids),
         error=error,
+    )
+
+
+def _find_bound(
+    config: ModelConfig, options: EngineOptions, num_threads: int | None
+) -> StepBound | None:
+    with torch_threads(num_threads):
+        device = find_device(options.torch_device, options.torch_dtype)
+    return None if device is None else StepBound(config, options.precision, device)
+
+
+def _least_seconds(step: Step, bound: StepBound) -> float:
+    return bound.seconds(
+        decodes=len(step.decodes),
+        chunks=len(step.prefills),
+        prompt_tokens=sum(chunk.num_tokens for chunk in step.prefills),
+        seen_tokens=sum(sequence.num_context for sequence in step.decodes),
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from batchrun.engine.accelerators import Accelerator, find_accelerator
+from batchrun.errors import RequestError
 from batchrun.model.checkpoint import expected_tensors
 from batchrun.model.config import ModelConfig
 from batchrun.model.sizes import is_linear
@@ -17,6 +19,10 @@ _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Far more than caches hold, on most machines."""
 _MATRIX_BYTES = 512 << 20
 """Of weights held for the products: a model's, or a part of each of its shapes."""
+
+
+_GLANCE_BYTES = 64 << 20
+_GLANCE_ROWS, _GLANCE_SIZE = 128, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,23 @@ def measure_rates(
         _copy_bandwidth(device, seconds),
         {batch: _matmul_flops(config, dtype, device, batch, seconds) for batch in batches},
     )
+
+
+def find_device(device: torch.device, dtype: torch.dtype) -> Accelerator | None:
+    """The device as :mod:`~batchrun.engine.accelerators` describes one: a GPU by its name, None for
+    one that is not known; a CPU measured, within about a tenth of a second."""
+    if device.type == "cuda":
+        try:
+            return find_accelerator(torch.cuda.get_device_name(device))
+        except RequestError:
+            return None
+    source = torch.ones(_GLANCE_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    bandwidth = 2 * _GLANCE_BYTES / _fastest(lambda: target.copy_(source), device, 0.02)
+    x = torch.full((_GLANCE_ROWS, _GLANCE_SIZE), 0.01, dtype=dtype)
+    weight = torch.full((_GLANCE_SIZE, _GLANCE_SIZE), 0.01, dtype=dtype)
+    flops = 2 * _GLANCE_ROWS * _GLANCE_SIZE**2 / _fastest(lambda: x @ weight, device, 0.02)
+    return Accelerator("CPU", 0, bandwidth, flops)
 
 
 def linear_shapes(config: ModelConfig) -> Counter[tuple[int, int]]:

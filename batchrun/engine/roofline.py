@@ -142,6 +142,47 @@ def prefill_seconds(
     return prefill_work(config, precision, num_tokens).num_operations / device.flops
 
 
+class StepBound:
+    """The least time of any step of an engine on ``device``, decodes and chunks of prompts mixed.
+
+    Worked out once; a step is a few multiplications then.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, device: Accelerator) -> None:
+        self._device = device
+        chunk = config.chunk_size
+        prompt = prefill_work(config, precision, chunk)
+        head = 2 * count_weights(config).head
+        self._weights = decode_work(config, precision, 0, 0)
+        self._decode = _minus(decode_work(config, precision, 1, 0), self._weights)
+        one_more = _minus(decode_work(config, precision, 1, 1), self._weights)
+        self._seen = _minus(one_more, self._decode)
+        self._chunk = Work(self._decode.num_bytes, head)
+        self._prompt_token = Work(
+            precision.token_bytes(config), (prompt.num_operations - head) / chunk
+        )
+
+    def seconds(self, *, decodes: int, chunks: int, prompt_tokens: int, seen_tokens: int) -> float:
+        """The least time of a step: a token of each of ``decodes`` sequences, ``chunks`` of other
+        ones with ``prompt_tokens`` together. ``seen_tokens`` are those that the decoded ones
+        attend to, summed over them."""
+        parts = (
+            (1, self._weights),
+            (decodes, self._decode),
+            (seen_tokens, self._seen),
+            (chunks, self._chunk),
+            (prompt_tokens, self._prompt_token),
+        )
+        return Work(
+            sum(count * work.num_bytes for count, work in parts),
+            sum(count * work.num_operations for count, work in parts),
+        ).seconds(self._device)
+
+
+def _minus(work: Work, other: Work) -> Work:
+    return Work(work.num_bytes - other.num_bytes, work.num_operations - other.num_operations)
+
+
 def _attention_operations(config: ModelConfig) -> int:
     """For each token and each token it sees: products of queries with keys, and with values."""
     return 4 * config.num_attention_layers * config.num_attention_heads * config.head_dim

@@ -1,4 +1,4 @@
-"""One Ray for the whole session, and what a run is made of: files, jobs, processes."""
+"""What a run is made of: files, jobs, processes."""
 
 from __future__ import annotations
 
@@ -16,31 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.faults import RUNTIME_ENV
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def cluster(s3_process: str) -> Iterator[str]:
-    """The address of a Ray of this session. Runs in this process use it by themselves.
-
-    The S3 server is there first, so that workers inherit its credentials.
-    """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
-    ray.init(
-        address="local",
-        runtime_env=RUNTIME_ENV,
-        include_dashboard=False,
-        num_cpus=8,
-        object_store_memory=80 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield str(ray.get_runtime_context().gcs_address)
-    ray.shutdown()
 
 
 def sums(count: int, start: int = 1) -> list[str]:

@@ -22,7 +22,9 @@ RUNTIME_ENV: dict[str, Any] = {"worker_process_setup_hook": HOOK}
 def install() -> None:
     """Prepare this process; the engine is touched only where a worker loads one."""
     from batchrun.cluster.worker import Loaded, Worker
+    from tests.chaos import faults as planned
 
+    planned.install()
     load = Worker.load
 
     def load_with_faults(self: Worker) -> Loaded:

@@ -124,16 +124,21 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     work: Work, batchrun: Start, dashboard: str
 ) -> None:
     """`cancel` asks the run to drain first, so it ends by itself with exit code 75. While it runs,
-    Ray's dashboard and metrics say which run each actor works for and how far it is."""
+    Ray's dashboard and metrics say which run each actor works for and how far it is, and its log
+    tells of its shards."""
     for number in range(4):
         work.write(f"{number}", sums(10, start=1 + 10 * number), max_tokens=[32] * 10)
     work.write("long", sums(120, start=41), max_tokens=[3_900] * 120)  # until it is cancelled
     job = work.job_file(
         resources=GPUS, input={"overrides": ["max_tokens"]}, generation={"ignore_eos": True}
     )
-    code, out, _ = batchrun("submit", job, "--address", dashboard, "--json").end()
+    code, out, _ = batchrun(
+        "submit", job, "--address", dashboard, "--json", "--log-file", "-"
+    ).end()
     submitted = json.loads(out)
     assert 0 == code
+    with urllib.request.urlopen(f"{dashboard}/api/jobs/{submitted['id']}", timeout=10) as answer:
+        assert "out" == json.load(answer)["metadata"]["job_name"]
     follower = batchrun("logs", submitted["id"], "-f", "--address", dashboard)
     follower.wait_until(lambda: len(work.parts()) >= 2)
     deadline = time.monotonic() + 90
@@ -143,7 +148,11 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     assert 'job="out"' in series[0] and 'status="' in series[0]
     names = {actor["name"]: actor["repr_name"] for actor in _actors(dashboard)}
     assert f"out {submitted['run_id'][:8]} worker 1-1" in names
-    assert f"batchrun(out {submitted['run_id'][:8]})" in names.values()
+    assert f"batchrun(out {submitted['run_id'][:8]} worker 1-1)" in names.values()
+    assert (
+        '"event": "shard_published"'
+        in batchrun("logs", submitted["id"], "--address", dashboard).end()[1]
+    )
 
     code, out, err = batchrun(
         "cancel", submitted["id"], "--address", dashboard, "--grace", "60", "--json"

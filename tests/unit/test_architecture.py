@@ -24,6 +24,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"foretold"}),
     frozenset({"planner"}),
     frozenset({"pipeline", "preflight", "llm", "bench", "report"}),
+    frozenset({"worklog"}),
     frozenset({"leases", "rowrequests", "completions"}),
     frozenset({"reports"}),
     frozenset({"prompts", "judge"}),

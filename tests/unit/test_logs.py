@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.logs import configure_logging, log_context, names_a_secret, printable, redact
+from batchrun.logs import (
+    RepeatGate,
+    configure_logging,
+    log_context,
+    log_event,
+    log_file,
+    names_a_secret,
+    printable,
+    redact,
+)
 
 
 @pytest.fixture
@@ -162,3 +171,95 @@ def test_names_of_secrets(name: str, secret: bool) -> None:
 def test_printable() -> None:
     """Control characters are shown, not obeyed; everything else stays."""
     assert printable("a\n\x1b[31m\u202e\x00é🦀") == "a\\n\\x1b[31m\\u202e\\x00é🦀"
+
+
+def test_an_event_has_its_fields_at_the_top(stream: io.StringIO) -> None:
+    """A line of a run's story: its event, its own fields before those of the context."""
+    with log_context(worker="w0", epoch=4):
+        place: dict[str, str | int] = {"shard": "000000 (a.parquet)", "row": "0-7"}
+        log_event("lease_given", "some rows", worker="w1", place=place)
+    (line,) = lines(stream)
+    del line["time"]
+    assert line == {
+        "level": "info",
+        "event": "lease_given",
+        "message": "some rows",
+        "run": "0a1b",
+        "epoch": 4,
+        "worker": "w1",
+        "shard": "000000 (a.parquet)",
+        "row": "0-7",
+    }
+
+
+def test_fields_of_an_event_are_clean(stream: io.StringIO) -> None:
+    """Secrets are masked in fields too, control characters escaped, long texts cut."""
+    log_event("row_failed", "50% hf_abcdefghijklmnopqrst", row="a\x1b[31m\n", kind="x" * 9000)
+    (line,) = lines(stream)
+    assert line["message"] == "50% [redacted]" and line["row"] == "a\x1b[31m\n"
+    assert len(str(line["kind"])) < 2100
+    assert "\x1b" not in stream.getvalue() and stream.getvalue().count("\n") == 1
+
+
+def test_the_same_error_is_written_once_a_minute(stream: io.StringIO) -> None:
+    """Of one class the first is written; other classes and the story itself are not held back."""
+    for number in range(5):
+        log_event("row_failed", "timeout", error_class="timeout", row=number, rows=2)
+    log_event("row_failed", "too_long", error_class="too_long", row=9)
+    for _ in range(2):
+        log_event("worker_lost", "gone", level=logging.WARNING)
+        logging.getLogger("batchrun.data").warning("slow %s", _)
+    written = lines(stream)
+    assert [line["message"] for line in written] == [
+        "timeout",
+        "too_long",
+        "gone",
+        "slow 0",
+        "gone",
+    ]
+    assert (written[0]["occurrences"], written[0]["row"]) == (2, 0)
+
+
+def test_a_gate_counts_what_it_held_back() -> None:
+    """The next that passes after a while stands for those before it too."""
+    now = [0.0]
+    gate = RepeatGate(60, lambda: now[0])
+    assert [gate.admit("a", 3), gate.admit("a", 2), gate.admit("b"), gate.admit("a")] == [
+        3,
+        0,
+        1,
+        0,
+    ]
+    assert gate.held() == {"a": 3}
+    now[0] = 61.0
+    assert gate.admit("a") == 4
+    assert gate.held() == {}
+
+
+def test_a_log_file_grows_and_keeps_what_people_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run appends; warnings stand on stderr as well, in plain words; errors that were held
+    back are counted at the end; afterwards logging is as it was."""
+    logger = logging.getLogger("batchrun")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    path = tmp_path / "deep" / "run.log"
+    for _ in range(2):
+        with log_file(str(path)):
+            log_event("run_started", "3 rows")
+            log_event("row_failed", "timeout", level=logging.WARNING, error_class="t", rows=1)
+            log_event("row_failed", "timeout", level=logging.WARNING, error_class="t", rows=41)
+            logging.getLogger("batchrun.metrics").warning("port %d is taken", 80)
+    assert before == (logger.handlers[:], logger.level, logger.propagate)
+    assert capsys.readouterr().err == 2 * "port 80 is taken\n"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert 2 * ["3 rows", "timeout", "port 80 is taken", "41 more of: t"] == [
+        line["message"] for line in found
+    ]
+
+
+def test_without_a_log_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    """Events are for whoever asked for a log: Python must not print them by itself."""
+    with log_file(None):
+        log_event("worker_lost", "gone", level=logging.ERROR)
+    assert capfd.readouterr().err == ""

@@ -24,6 +24,7 @@ from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource
 from batchrun.judge import Judge
 from batchrun.llm import find_checkpoint
+from batchrun.metrics import ROOFLINE
 from batchrun.pipeline import Pipeline
 from batchrun.prompts import input_columns
 from batchrun.records import Counts, Lease, Part, Shard
@@ -605,3 +606,32 @@ def test_a_response_format_binds_every_row(tmp_path: Path, engine: Engine) -> No
         assert row["finish_reason"] == "stop" and row["error"] is None
         assert set(json.loads(row["completion"])) == {"sum"}
         assert row["reasoning"].startswith(row["prompt"].split()[-1].rstrip("?") + "=")
+
+
+def test_the_ratio_to_the_bound_is_measured(
+    setup: MakeSetup, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the engine knows the least time of its steps, the share of it is a gauge; for the
+    embedded model it does not, and there is none."""
+    made = setup([["What is 1+1?"]])
+    assert engine.stats().least_seconds is None
+    stats = engine.stats
+    gauges = []
+    for seconds, least in ((0.0, None), (8.0, 2.0), (9.0, 2.5), (18.0, 7.0)):
+        known = replace(stats(), step_seconds=seconds, least_seconds=least)
+        monkeypatch.setattr(engine, "stats", lambda known=known: known)
+        if not gauges:
+            monkeypatch.setattr(made.pipeline, "_gauged", known)
+        gauges.append(made.pipeline.work(0.0).metrics.gauges.get((ROOFLINE.name, ())))
+    made.pipeline.close()
+    assert gauges == [None, 0.25, None, 0.5]
+
+
+def test_rows_that_fail_are_reported_by_kind(setup: MakeSetup) -> None:
+    """The first of each kind by its id, with how many there were; each once."""
+    made = setup([["What is 1+1?", None, "  ", "x" * 3 * 4000, None]])
+    failures = [item for report in made.run() for item in report.failures]
+    assert [(item.kind.value, item.num_rows, item.shard, item.row_id) for item in failures] == [
+        ("invalid_prompt", 3, 0, "0.parquet:1"),
+        ("too_long", 1, 0, "0.parquet:3"),
+    ]

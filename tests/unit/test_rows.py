@@ -58,3 +58,10 @@ def test_what_is_no_range_is_refused() -> None:
         Rows.of_ranges([[1, 2, 3]])
     with pytest.raises(ValueError, match="at least one row"):
         next(Rows.all(3).groups(0))
+
+
+def test_rows_are_written_for_people() -> None:
+    """Both ends included, single ones alone, and no text without an end."""
+    assert str(Rows.of([0, 1, 2, 7])) == "0-2,7"
+    assert str(Rows()) == ""
+    assert str(Rows.of(range(0, 100, 2))).endswith("28,30 and 34 more ranges")

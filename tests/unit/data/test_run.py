@@ -469,6 +469,19 @@ def test_a_foreign_object_in_a_parts_place_fails_the_shard_and_stays(any_site: S
         assert body == site.store.read(name)
 
 
+def test_a_run_ends_beside_a_foreign_object(site: Site) -> None:
+    """Its shard stands in the manifest as failed, the others with their parts."""
+    opened = site.open()
+    site.store.put(part_name(opened.directory.run, opened.shards[0]), b"junk")
+    site.run(opened, [1])
+    counts = opened.directory.finish(opened.shards, {0: "not ours"}, success=False)
+    assert counts.rows == 4
+    manifest = site.store.read(f"_batchrun/{opened.directory.run}/manifest-0001.json")
+    assert manifest is not None
+    found = json.loads(manifest)
+    assert found["failed"] == {"0": "not ours"} and len(found["parts"]) == 1
+
+
 def test_part_names_differ_by_run_and_by_input() -> None:
     """A worker of another run or another input can never take a planned name."""
     shard = Shard(3, "a.parquet", "/in/a.parquet", 10, "f", (0,), 0, 5)

@@ -321,6 +321,17 @@ def test_a_storm_of_refusals_is_no_storm_of_requests(
     assert traffic().pace(storm.endpoint_url).rate < 500
 
 
+def test_a_run_may_begin_in_a_storm(storm: StormProxy, s3_server: S3Server) -> None:
+    """The probe waits out what passes, and still proves that a create happens once."""
+    refused = iter([False, True] * 6)
+    storm.refuse = lambda method, path: (
+        (503, "SlowDown") if method == "PUT" and next(refused, False) else None
+    )
+    Store.open(f"{s3_server.url}/out", {"endpoint_url": storm.endpoint_url}).probe()
+    statuses = [status for method, _, status in storm.requests if method == "PUT"]
+    assert statuses.count(503) == 6 and statuses.count(200) == 1
+
+
 def test_an_odd_denial_of_a_known_object_is_tried_again(
     storm: StormProxy, s3_server: S3Server
 ) -> None:

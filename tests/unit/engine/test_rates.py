@@ -10,7 +10,7 @@ from torch import nn
 
 from batchrun.engine.cpu_load import CpuLoad, busy_seconds
 from batchrun.engine.forward_clock import ForwardClock
-from batchrun.engine.rates import linear_shapes, measure_rates
+from batchrun.engine.rates import find_device, linear_shapes, measure_rates
 from batchrun.model.config import parse_config
 from batchrun.model.sizes import count_weights
 from tests.unit.model.models import SMALL
@@ -72,3 +72,14 @@ def test_busy_seconds_leave_out_idle_and_guests(
     monkeypatch.setattr("batchrun.engine.cpu_load._STAT", Stat())
     monkeypatch.setattr("os.sysconf", lambda _name: 100)
     assert busy_seconds() == (1 + 2 + 4 + 32 + 64 + 128) / 100
+
+
+def test_a_device_is_found_by_name_or_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's rates are measured; a GPU is one of those that are known, or none."""
+    cpu = find_device(torch.device("cpu"), torch.float32)
+    assert cpu is not None and min(cpu.bandwidth, cpu.flops) > 1e6
+    names = iter(["NVIDIA A10G", "Something New"])
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: next(names))
+    known = find_device(torch.device("cuda"), torch.bfloat16)
+    assert known is not None and (known.name, known.bandwidth) == ("A10G", 600e9)
+    assert find_device(torch.device("cuda"), torch.bfloat16) is None

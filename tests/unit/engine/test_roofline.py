@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchrun.engine.accelerators import Accelerator, find_accelerator
-from batchrun.engine.roofline import Bound, decode_work, predict, prefill_work
+from batchrun.engine.roofline import Bound, StepBound, decode_work, predict, prefill_work
 from batchrun.model.config import ModelConfig, parse_config
 from batchrun.model.sizes import Precision, Quantization
 from tests.unit.model.published import NANO_9B_V2
@@ -123,3 +123,23 @@ def test_a_batch_beyond_the_ridge_is_bound_by_arithmetic() -> None:
     assert speed.prefill_rate == pytest.approx(1e12 / 15.7e9, rel=0.02)
     total = speed.prefill_seconds + 10 * speed.step_seconds / 10
     assert speed.output_rate == pytest.approx(10 / total)
+
+
+@pytest.mark.parametrize("precision", [BF16, INT8_STATE])
+def test_the_bound_of_a_step_is_that_of_its_decodes(precision: Precision) -> None:
+    """A step that only decodes: the time of :func:`decode_work`, whatever each has seen."""
+    bound = StepBound(NANO, precision, A10)
+    least = bound.seconds(decodes=16, chunks=0, prompt_tokens=0, seen_tokens=16 * 3000)
+    assert least == pytest.approx(decode_work(NANO, precision, 16, 3000).seconds(A10))
+
+
+def test_the_bound_of_a_step_with_prompts() -> None:
+    """Prompts share the weights that decodes read: bound by arithmetic, they add their operations;
+    a few tokens of them add next to nothing."""
+    bound = StepBound(NANO, BF16, A10)
+    alone = bound.seconds(decodes=8, chunks=0, prompt_tokens=0, seen_tokens=0)
+    few = bound.seconds(decodes=8, chunks=1, prompt_tokens=8, seen_tokens=0)
+    assert alone < few < 1.05 * alone
+    many = bound.seconds(decodes=0, chunks=2, prompt_tokens=8192, seen_tokens=0)
+    operations = prefill_work(NANO, BF16, NANO.chunk_size).num_operations * 8192 / NANO.chunk_size
+    assert many == pytest.approx(operations / A10.flops, rel=0.02)

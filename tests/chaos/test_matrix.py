@@ -1,0 +1,28 @@
+"""Every row of the fault matrix is proven somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.chaos.matrix import ELSEWHERE, NO_TEST, NUM_ROWS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_row_has_its_proof() -> None:
+    """Each row is injected here, or proven by tests that exist, or has a reason why not."""
+    here = {
+        int(found)
+        for path in Path(__file__).parent.glob("test_*.py")
+        for found in re.findall(r"^@pytest\.mark\.fault\((\d+), ", path.read_text(), re.MULTILINE)
+    }
+    assert here | ELSEWHERE.keys() | NO_TEST.keys() == set(range(1, NUM_ROWS + 1))
+    assert not NO_TEST.keys() & (here | ELSEWHERE.keys())
+    missing = []
+    for names in ELSEWHERE.values():
+        for name in names:
+            path, _, function = name.partition("::")
+            if f"\ndef {function}(" not in (ROOT / path).read_text():
+                missing.append(name)
+    assert missing == []
