@@ -3,10 +3,10 @@
     python scripts/bench/overhead.py                 the embedded model, 4,000 questions
     python scripts/bench/overhead.py --rows 400 --json
 
-The same rows twice, on this machine: first by an engine in this process that gets all rows at once,
-then by `submit` with one worker, from the moment its model is loaded to the end of the run:
-reading, journal, parts, manifest and Ray's calls are in it. Prints both and their ratio, which means
-something on an idle machine only: a run has several processes, and the engine alone has one.
+The same rows twice, on this machine: first by an engine in this process that gets all rows at
+once, then by `submit` with one worker, from the moment its model is loaded to the end of the run:
+reading, journal, parts, manifest and Ray's calls are in it. Prints both and their ratio, which
+means something on an idle machine only: a run has several processes, the engine alone has one.
 """
 
 from __future__ import annotations
