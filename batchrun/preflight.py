@@ -32,6 +32,7 @@ from batchrun.evaluate import INSTALL_MATH, ScoreSpec, missing_library
 from batchrun.formats import ResponseFormat, slips
 from batchrun.job import TINY, Job
 from batchrun.jobfile import JobSource, KeyPath
+from batchrun.jobrules import OUTPUT_SCHEMES
 from batchrun.model.checkpoint import check_checkpoint, expected_tensors
 from batchrun.model.config import ModelConfig, load_config
 from batchrun.prompts import TemplateError, input_columns, template_columns
@@ -324,6 +325,9 @@ class _Inspector:
         if not self._usable("output.path", "output.storage_options"):
             return
         output = self.job.output
+        scheme, separator, _ = output.path.partition("://")
+        if separator and scheme not in OUTPUT_SCHEMES:
+            return  # the job's rules have said so
         self._try(
             ("output", "path"), lambda: Store.open(output.path, output.storage_options).probe()
         )

@@ -85,6 +85,8 @@ def command(
     from batchrun.engine.options import EngineOptions
     from batchrun.llm import find_checkpoint
 
+    if output is not None and not output.absolute().parent.is_dir():
+        raise click.UsageError(f"--output: there is no folder {output.parent}")
     options = EngineOptions(
         num_threads=threads,
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
