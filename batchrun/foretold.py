@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.errors import BatchrunError
+from batchrun.errors import BatchrunError, InputError
 from batchrun.planner.plan import FORMAT, FORMAT_VERSION
 from batchrun.report import Report
 
@@ -34,11 +34,13 @@ class Foretold:
 def read_plan_document(path: str) -> Mapping[str, Any]:
     """What ``batchrun plan --json`` printed into a file.
 
-    Raises BatchrunError for anything else.
+    Raises InputError for anything else.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _wrong(path, error.strerror or str(error)) from error
+    except ValueError as error:
         raise _wrong(path, str(error)) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise _wrong(path, "it is another document")
@@ -93,7 +95,7 @@ def _range(what: str, unit: str, foretold: Mapping[str, float], actual: float) -
     return Foretold(what, unit, low, expected, high, actual)
 
 
-def _wrong(path: str, why: str) -> BatchrunError:
-    return BatchrunError(
+def _wrong(path: str, why: str) -> InputError:
+    return InputError(
         f"--plan: {path} is no plan ({why})", "make one before a run: batchrun plan JOB.yaml --json"
     )

@@ -99,11 +99,11 @@ class Model(Section):
     """Weights and activations; auto is bfloat16 on a GPU, and on a CPU that computes with it for
     a bfloat16 checkpoint that is not small; else float32."""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """Weight-only quantization."""
+    """Weight-only quantization; int4 is refused in this version."""
     state_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The SSM state; auto is float32."""
     kv_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
-    """The attention KV cache; auto is as dtype."""
+    """The attention KV cache; auto is as dtype; another type is refused in this version."""
     max_model_len: Annotated[int, Field(ge=2, le=MAX_INT)] | None = None
     """Most tokens of prompt and output together; null is the checkpoint's, as far as memory
     holds one sequence."""
@@ -238,7 +238,7 @@ class Resources(Section):
     max_sequences: Literal["auto"] | Count = "auto"
     """Sequences in flight in one worker."""
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
-    """For the cost in plans and reports."""
+    """For limits.max_cost, and the cost in plans, sweeps and reports."""
 
     @property
     def most_workers(self) -> int:
@@ -263,18 +263,18 @@ class Errors(Section):
     max_failed_rows: CountOrZero | Annotated[float, Field(ge=0, lt=1)] = 0
     """A count, or a fraction below 1; more failed rows end the run with exit code 3."""
     canary_rows: CountOrZero = 0
-    """First run this many rows on one worker, and stop if too many fail."""
+    """First run this many rows on one worker, and stop if too many fail or come back empty."""
 
 
 class Limits(Section):
     """A run that reaches a limit keeps what is done and ends with exit code 75."""
 
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours since the start."""
+    """Hours since the start of this submit."""
     max_tokens: Count | None = None
-    """Generated tokens."""
+    """Tokens of prompts and generated ones together."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
-    """By resources.price_per_gpu_hour."""
+    """Hours of all workers times resources.price_per_gpu_hour."""
 
 
 class Checkpoint(Section):

@@ -179,9 +179,7 @@ def _durations(plan: Plan) -> list[str]:
     )
     last = plan.prediction.durations[-1]
     if last.busy < last.workers:
-        lines.append(
-            f"            of {last.workers:,} workers {last.busy:,} find shards to work on"
-        )
+        lines.append(f"            of {last.workers:,} workers {last.busy:,} find rows to work on")
     if plan.target.num_cpus is not None:
         lines.append(f"            workers share {plan.target.num_cpus} CPUs")
     if plan.price:

@@ -32,9 +32,10 @@ def command(where: str, as_json: bool) -> int:
         for problem in verdict.problems:
             click.echo(f"  {problem}")
     else:
+        plural = "" if verdict.num_parts == 1 else "s"
         click.echo(
             f"{store.url}: every row is there once (run {verdict.run_id})\n"
-            f"  {verdict.num_rows:,} rows in {verdict.num_parts:,} parts, "
+            f"  {verdict.num_rows:,} rows in {verdict.num_parts:,} part{plural}, "
             f"{verdict.counts.failed_rows:,} of them failed"
         )
         for run, count in verdict.kept.items():

@@ -34,6 +34,12 @@ from batchrun.job import Job, from_root
 _KEY = "batchrun."
 _JOB_FILE = "job.yaml"
 _POLL_S = 1.0
+_SCHEMES = ("http", "https", "ray")
+_MAX_PORT = 65535
+_ADDRESS_HINT = (
+    "give the dashboard's address, e.g. --address http://127.0.0.1:8265; in Kubernetes, "
+    "`kubectl port-forward service/CLUSTER-head-svc 8265` brings it to this machine"
+)
 _AGENT_S = 30.0  # how long a cluster may take to be able to run jobs after its dashboard answers
 
 
@@ -93,6 +99,7 @@ class ClusterJobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        _check_address(address)
         with _border(address):
             self._client = JobSubmissionClient(address)
         # Its uploads and closed sockets are nobody's news.
@@ -284,6 +291,20 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "job"
 
 
+def _check_address(address: str) -> None:
+    """Refuse what is no address before Ray tries it for a minute."""
+    scheme, separator, place = address.rpartition("://")
+    host, _, port = place.rstrip("/").rpartition(":")
+    if separator:
+        is_address = scheme in _SCHEMES and place.strip("/") != ""
+    else:
+        is_address = address in ("auto", "local") or (
+            host != "" and port.isdecimal() and 0 < int(port) <= _MAX_PORT
+        )
+    if not is_address:
+        raise ClusterError(f"{address!r} is no address of a Ray dashboard", _ADDRESS_HINT)
+
+
 @contextmanager
 def _border(address: str) -> Iterator[None]:
     """What Ray's client raises, as an error of this package. It knows no classes of its own:
@@ -293,8 +314,7 @@ def _border(address: str) -> Iterator[None]:
     except (ConnectionError, OSError) as error:
         raise ClusterError(
             f"no Ray dashboard answers at {address!r}: {_first_line(error)}",
-            "give the dashboard's address, e.g. --address http://127.0.0.1:8265; in Kubernetes, "
-            "`kubectl port-forward service/CLUSTER-head-svc 8265` brings it to this machine",
+            _ADDRESS_HINT,
         ) from error
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         hint = ""

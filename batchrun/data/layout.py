@@ -95,8 +95,8 @@ def run_folder(run: str) -> str:
 
     In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
     ``parts/`` and ``failed/``, one a shard; ``traces/``, one a shard, where the run keeps them;
-    ``journal/<shard>/<attempt>-<seq>.zst``, of shards in work; ``strikes/<worker>.json``, one a
-    worker that died; ``retries/``; ``kept-<n>.json``, where parts
+    ``journal/<shard>/<attempt>-<seq>.zst``, of shards in work; ``strikes/<epoch>-<worker>.json``,
+    one a worker that died; ``history/``, one a driver; ``retries/``; ``kept-<n>.json``, where parts
     of an earlier run were kept; ``progress.json``; ``manifest-<n>.json``.
     """
     return f"{FOLDER}/{run}"

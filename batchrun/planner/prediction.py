@@ -11,6 +11,8 @@ from batchrun.model.config import ModelConfig
 from batchrun.model.sizes import Precision
 from batchrun.planner.outputs import Range
 
+_MIN_LEASE_ROWS = 16  # as of the coordinator's crew
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -19,7 +21,7 @@ class Workload:
     ``rows`` have a prompt each, of ``mean_prompt`` tokens; ``prompt_lengths`` are those of equal
     parts of them, the first ``prefix_tokens`` of every prompt are computed once. Each row has
     ``samples``, which generate ``output`` tokens on average and ``longest`` at most. ``shards``
-    keep one worker each busy.
+    keep one worker each busy, a big one more.
     """
 
     rows: float
@@ -115,7 +117,9 @@ def predict(
     def duration(count: int) -> Duration:
         if not work.rows:
             return Duration(count, 0, Range(0.0, 0.0, 0.0), Range(0.0, 0.0, 0.0))
-        busy = max(1, min(count, int(work.shards)))
+        # A big shard is leased in ranges, of no fewer rows than an engine runs at once.
+        leases = max(int(work.shards), int(work.rows / max(_MIN_LEASE_ROWS, sequences)))
+        busy = max(1, min(count, leases))
         crowd = 1.0 if num_cpus is None else max(1.0, busy / num_cpus)
 
         def seconds(output: float, longest: float, decode: float, prefill: float) -> float:

@@ -1,11 +1,12 @@
 """What a run costs beside its engine: rows a second of a whole ``submit`` and of the engine alone.
 
-    python scripts/bench/overhead.py                 the embedded model, 1,500 questions
+    python scripts/bench/overhead.py                 the embedded model, 4,000 questions
     python scripts/bench/overhead.py --rows 400 --json
 
-The same rows twice, on this machine: first by an engine in this process that gets all requests at
+The same rows twice, on this machine: first by an engine in this process that gets all rows at
 once, then by `submit` with one worker, from the moment its model is loaded to the end of the run:
-reading, prompts, journal, parts, manifest and Ray's calls are in it. Prints both and their ratio.
+reading, journal, parts, manifest and Ray's calls are in it. Prints both and their ratio, which
+means something on an idle machine only: a run has several processes, the engine alone has one.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def make_job(folder: Path, num_rows: int, num_shards: int) -> Job:
 
 
 def time_engine(job: Job) -> tuple[float, int]:
-    """Seconds of an engine alone with all the rows of the job, and the tokens that it sampled."""
+    """Seconds of an engine alone with all the rows of the job, read before, their prompts not made
+    yet (as for `LLM.chat`), and the tokens that it sampled."""
     from batchrun.data.inputs import list_input
     from batchrun.data.reader import ShardReader
     from batchrun.data.shards import plan_shards
@@ -71,19 +73,19 @@ def time_engine(job: Job) -> tuple[float, int]:
     found = list_input(str(job.input.path))
     schema = InputSchema.of(found, input_columns(job))
     builder = RequestBuilder(job, engine)
-    requests = []
+    rows = []
     for shard in plan_shards(
         found, carried=schema.columns.carried, max_tokens=job.generation.max_tokens, n=1
     ):
         lease = Lease(shard, 1, f"{shard.number}", Rows.all(shard.num_rows))
         with ShardReader(shard, schema) as reader:
-            for row in reader:
-                made = builder.build(lease, row, {0: None})
-                assert isinstance(made, list), made
-                requests += made
+            rows += [(lease, row) for row in reader]
     started = time.monotonic()
-    for request in requests:
-        engine.add(request)
+    for lease, row in rows:
+        made = builder.build(lease, row, {0: None})
+        assert isinstance(made, list), made
+        for request in made:
+            engine.add(request)
     while engine.num_unfinished:
         engine.step()
     return time.monotonic() - started, engine.stats().sampled_tokens
@@ -94,7 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=1500)
+    parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--json", action="store_true", dest="as_json")
     arguments = parser.parse_args()

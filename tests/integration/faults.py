@@ -13,6 +13,8 @@ DIE = "What is 90+90+90?"
 """The process ends, as after an illegal access of the GPU."""
 HANG = "What is 91+91+91?"
 """The process stands still."""
+DEADLY = "deadly"
+"""In the name of a file: the process ends when the file is to be read."""
 HOOK = "tests.integration.faults.install"
 RUNTIME_ENV: dict[str, Any] = {"worker_process_setup_hook": HOOK}
 
@@ -33,13 +35,20 @@ def install() -> None:
 
 
 def _arm() -> None:
+    from batchrun.data.reader import ShardReader
     from batchrun.engine.engine import Engine
     from batchrun.engine.model_runner import ModelRunner, NextToken
     from batchrun.engine.request import Request
     from batchrun.engine.scheduler import Step
+    from batchrun.records import Shard
 
     faults: dict[Hashable, str] = {}
-    add, run = Engine.add, ModelRunner.run
+    add, run, read = Engine.add, ModelRunner.run, ShardReader.__init__
+
+    def read_or_die(self: ShardReader, shard: Shard, *args: Any, **more: Any) -> None:
+        if DEADLY in shard.path:
+            os._exit(1)
+        read(self, shard, *args, **more)
 
     def add_and_look(self: Engine, request: Request) -> None:
         assert self.tokenizer is not None
@@ -60,6 +69,7 @@ def _arm() -> None:
                     _stand_still()
         return run(self, step)
 
+    ShardReader.__init__ = read_or_die  # type: ignore[method-assign]
     Engine.add = add_and_look  # type: ignore[method-assign]
     ModelRunner.run = run_or_fail  # type: ignore[method-assign]
 

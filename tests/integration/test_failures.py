@@ -23,6 +23,7 @@ from batchrun.job import parse_job
 from batchrun.jobfile import JobSource
 
 from .conftest import Command, Work, descendants, is_alive, sums, worker_pids
+from .faults import DEADLY
 
 NUM_SHARDS = 6
 ROWS = 3
@@ -63,18 +64,16 @@ def meanwhile(action: Callable[[threading.Event], None]) -> Iterator[None]:
     assert not thread.is_alive()
 
 
-def signal_worker(work: Work, name: str, number: int, times: int = 1) -> Callable[..., None]:
-    """An action: when a part is there, send the worker of this session a signal."""
+def signal_worker(work: Work, name: str, number: int) -> Callable[..., None]:
+    """An action: when a part is there, send the workers of this session a signal."""
 
     def action(ended: threading.Event) -> None:
-        seen: set[int] = set()
-        while not ended.is_set() and len(seen) < times:
-            if work.parts(name) or times > 1:
-                for pid in worker_pids(os.getpid()) - seen:
-                    if times > 1 and not is_busy(pid):
-                        continue
-                    os.kill(pid, number)
-                    seen.add(pid)
+        while not ended.is_set():
+            pids = worker_pids(os.getpid()) if work.parts(name) else set()
+            for pid in pids:
+                os.kill(pid, number)
+            if pids:
+                return
             time.sleep(0.02)
 
     return action
@@ -118,14 +117,17 @@ def test_drained_worker_finishes_its_leases(undisturbed: Work) -> None:
 
 
 def test_shard_that_kills_workers_is_failed(work: Work, cluster: str) -> None:
-    """A shard whose workers die over and over before a row runs is failed, with exit code 3, and
-    not for ever: the first death is under suspicion, those of its own count."""
+    """A shard whose reading ends its worker, before any row runs, is tried once more with nothing
+    beside it, and is failed then, with exit code 3; the other shard is done."""
     work.write("a", sums(4))
-    raw = work.raw("out", generation={**LONG, "max_tokens": 2000}, errors={"max_retries": 1})
-    with meanwhile(signal_worker(work, "out", signal.SIGKILL, times=99)):
-        summary = package.run(raw)
-    assert (summary.exit_code, summary.restarts, summary.failed_rows) == (3, 3, 4)
+    work.write(DEADLY, sums(4, start=50))
+    summary = package.run(work.raw(errors={"max_retries": 0}))
+    assert (summary.exit_code, summary.failed_rows) == (3, 4)
+    # One more where rows of the other shard were in the engine and were suspected first.
+    assert summary.restarts in (2, 3)
+    assert [DEADLY in name for name in summary.failed_shards] == [True]
     assert "worker_lost" in next(iter(summary.failed_shards.values()))
+    assert len(work.rows()) == 4
 
 
 def test_killed_driver_is_resumed(undisturbed: Work, batchrun: Callable[..., Command]) -> None:

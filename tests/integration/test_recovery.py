@@ -109,9 +109,10 @@ def test_a_big_shard_feeds_two_workers_and_outlives_one(big: Work) -> None:
     assert (summary.exit_code, summary.restarts) == (0, 1)
     assert big.rows("ranges") == big.rows()
     assert big.parts("ranges") == big.parts()
-    assert summary.generated_rows == NUM_ROWS + 2
-    # Four rows at a time, of 64 tokens each; of the last second before its death nobody told.
-    assert abs(summary.sampled_tokens - summary.generated_tokens) <= 4 * 2 * 64
+    # Of what it did in its last second, kept or lost, nobody told; that is far from a whole shard.
+    total = summary.counts.reasoning_tokens + summary.counts.completion_tokens
+    assert total == 64 * (NUM_ROWS + 2)
+    assert abs(summary.sampled_tokens - total) < total / 3
     store = store_of(big, "ranges")
     assert store.list(journal_folder(summary.run_id)) == ()
     assert len(store.list(strikes_folder(summary.run_id))) == 1

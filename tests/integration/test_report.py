@@ -189,4 +189,4 @@ def test_what_is_no_plan_is_named(ran: Work, tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
     code, _, err = call("report", ran.folder / "out", "--plan", path)
-    assert 1 == code and "is no plan" in err and "batchrun plan JOB.yaml --json" in err
+    assert 2 == code and "is no plan" in err and "batchrun plan JOB.yaml --json" in err

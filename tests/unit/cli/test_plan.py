@@ -47,7 +47,7 @@ def test_a_plan_for_people(here: Path) -> None:
         at = next(i for i, line in enumerate(lines) if line.startswith(head))
         assert lines[at + 1].startswith(" " * 12), out
     assert "no prompt   1 rows: invalid_prompt 1" in lines
-    assert "of 2 workers 1 find shards" in out
+    assert "of 2 workers 1 find rows" in out
     assert "price_per_gpu_hour 1.5" in out
     assert "nothing was written" in err
     assert not Path("out").exists()

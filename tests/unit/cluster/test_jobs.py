@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from batchrun.cluster.jobs import shipped_job
+from batchrun.cluster.jobs import ClusterJobs, shipped_job
 from batchrun.cluster.opening import check
+from batchrun.errors import ClusterError
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource, read_job_file
 from tests.unit.data.parquet import prompts, write
@@ -59,3 +60,11 @@ def test_a_run_is_the_same_here_and_on_a_cluster(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert here == check(there, None).run
     assert str(tmp_path / "out") == there.output.path
+
+
+@pytest.mark.parametrize("address", ["rubbish", "ftp://host", "127.0.0.1:99999", "http://", ":80"])
+def test_what_is_no_address_is_named(address: str) -> None:
+    """A wrong address is named at once, with one that would do, and nobody is asked."""
+    with pytest.raises(ClusterError, match="is no address of a Ray dashboard") as caught:
+        ClusterJobs(address)
+    assert "--address http://127.0.0.1:8265" in caught.value.hint

@@ -62,6 +62,8 @@ def test_workers_and_shards() -> None:
     assert two.worker_hours.expected == pytest.approx(one.worker_hours.expected)
     assert many.busy == 100
     assert many.worker_hours.expected > 3 * one.worker_hours.expected
+    [shared] = predicted(work=replace(WORK, shards=1), workers=(400,)).durations
+    assert shared.busy == 50  # one big shard, leased 16 rows at a time
     assert worker_counts(6) == (1, 2, 4, 6)
     assert worker_counts(1) == (1,)
 
