@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from batchrun.cluster import fleet as module
 from batchrun.cluster.fleet import Fleet, _Member
 from batchrun.reports import WorkReport
 
@@ -13,8 +12,8 @@ def test_a_worker_that_is_ended_for_the_news_before_has_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two calls come back together; the news of the first ends the run and all workers."""
-    monkeypatch.setattr(module.ray, "wait", lambda refs, **_: (refs, []))
-    monkeypatch.setattr(module.ray, "get", lambda _: WorkReport())
+    monkeypatch.setattr("batchrun.cluster.fleet.ray.wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr("batchrun.cluster.fleet.ray.get", lambda _: WorkReport())
     fleet = Fleet.__new__(Fleet)
     fleet._clock = lambda: 0.0
     fleet._asked_draining_at = 0.0
