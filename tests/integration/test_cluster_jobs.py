@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from tests.integration.conftest import Command, Work, sums
 
@@ -137,8 +138,8 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     ).end()
     submitted = json.loads(out)
     assert 0 == code
-    with urllib.request.urlopen(f"{dashboard}/api/jobs/{submitted['id']}", timeout=10) as answer:
-        assert "out" == json.load(answer)["metadata"]["job_name"]
+    details = JobSubmissionClient(dashboard).get_job_info(submitted["id"])  # it knows the token
+    assert details.metadata is not None and "out" == details.metadata["job_name"]
     follower = batchrun("logs", submitted["id"], "-f", "--address", dashboard)
     follower.wait_until(lambda: len(work.parts()) >= 2)
     deadline = time.monotonic() + 90
