@@ -221,6 +221,9 @@ class Fleet:
         if ready and len(calls) > 1:
             ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         for ref in ready:
+            member = self._members.get(calls[ref])
+            if member is None or member.call != ref:
+                continue  # it was ended for the news before
             news = self._collect(calls[ref], ref)
             if news is not None:
                 yield news
@@ -349,6 +352,8 @@ class Fleet:
         for worker, member in list(self._members.items()):
             if member.call is None or member.loaded is None:
                 continue
+            if self._members.get(worker) is not member:
+                continue  # it was ended for the news before
             if member.gone is not None:
                 if now - member.called_at > _LOOK_S:
                     ray.cancel(member.call, force=True)

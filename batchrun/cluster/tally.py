@@ -62,6 +62,7 @@ class Tally:
     _running: dict[str, tuple[str, RunningLease]] = field(default_factory=dict)  # by attempt
     _journaled: dict[int, Counts] = field(default_factory=dict)  # of shards without a part
     _generated: Counts = field(default_factory=Counts)  # under leases that have ended
+    _given_up: set[str] = field(default_factory=set)  # attempts
     _lost_tokens: int = 0
     _published: Counts = field(init=False)
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
@@ -101,6 +102,8 @@ class Tally:
         own.discarded_tokens = report.discarded_tokens
         own.unsaved_tokens = report.unsaved_tokens
         for state in report.running:
+            if state.attempt in self._given_up:
+                continue  # its worker does not know yet
             self._running[state.attempt] = (worker, state)
             known = self._journaled.get(state.shard, Counts())
             if state.shard not in self.published and state.known.rows > known.rows:
@@ -131,6 +134,7 @@ class Tally:
     def give_up(self, attempt: str) -> None:
         """A lease ended for nothing: its shard failed, or another was first."""
         self._running.pop(attempt, None)
+        self._given_up.add(attempt)
 
     def fail(self, shard: int, num_rows: int) -> None:
         """A shard has failed for good; all its rows count as failed."""

@@ -126,3 +126,12 @@ def test_accuracy_of_what_is_done() -> None:
     assert tally.generated().rows == 3
     tally.lose("w")
     assert tally.done().scores == Scores((1, 1), 1)
+
+
+def test_a_lease_that_was_given_up_does_not_come_back_with_a_late_report() -> None:
+    """Its worker learns of it at its next call; what the call before says is not counted."""
+    tally = Tally(10, 2, {})
+    tally.report("w", running("a0", 0, unsaved=Counts(rows=3)))
+    tally.give_up("a0")
+    tally.report("w", running("a0", 0, unsaved=Counts(rows=4)))
+    assert (tally.done().rows, tally.generated().rows) == (0, 0)
