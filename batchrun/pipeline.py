@@ -416,7 +416,9 @@ class Pipeline:
 
     def _on_admit(self, keys: Iterable[Hashable]) -> None:
         """The engine has given these rows a slot, and is about to run them."""
-        self._in_slot |= cast(set[_RowKey], set(keys))
+        found = self._in_slot | cast(set[_RowKey], set(keys))
+        # What was sent back into the queue, after an error or for want of memory, has none now.
+        self._in_slot = {key for key in found if self._engine.is_running(key)}
         self._tell_flight()
 
     def _tell_flight(self, building: Iterable[tuple[int, int]] = ()) -> None:

@@ -535,11 +535,12 @@ class _Driver:
         self._tally.report(worker, report)
         self._story.report(worker, report)
         self._say_failures(report)
-        self._handle(TokensSpent(worker, report.prompt_tokens + report.sampled_tokens))
         if report.draining:
             self._handle(WorkerDraining(worker))
         for event in self._events(worker, report):
             self._handle(event)
+        # Last: a limit that the very end of a run passes stops nothing.
+        self._handle(TokensSpent(worker, report.prompt_tokens + report.sampled_tokens))
         if report.draining and report.idle:
             self._the_fleet.stop(worker)
             self._count_loss(worker, "preempted")

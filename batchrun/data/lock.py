@@ -7,6 +7,7 @@ that it lives by moving a counter, and whoever waits watches it on a clock of it
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,9 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from batchrun.data.cancel import clear_cancel, is_cancel_requested
-from batchrun.data.layout import LOCK, epoch_path, run_folder
+from batchrun.data.layout import LOCK, epoch_path, epochs_folder
 from batchrun.data.store import Store
 from batchrun.errors import BatchrunError, OutputError, OutputHeldError
+
+_log = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 EXPIRY_S = 20.0
@@ -153,7 +156,10 @@ class RunLock:
         seen = read_lock(self._store)
         if seen is not None and not seen.released and not seen.holder.is_gone:
             self._watch(seen)
-        self._claim(0 if seen is None else seen.epoch)
+        seen_epoch = 0 if seen is None else seen.epoch
+        self._claim(seen_epoch)
+        if self._someone_is_between(seen_epoch):
+            raise _held(self._store, None)  # who wrote the lock while the number was taken
         self._store.put(LOCK, self._state.to_bytes())
         clear_cancel(self._store, self._run)
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
@@ -200,9 +206,8 @@ class RunLock:
 
     def _claim(self, seen_epoch: int) -> None:
         """Take the next epoch; its create-only record decides between several takers."""
-        folder = f"{run_folder(self._run)}/epochs"
         last = max(
-            (int(item.path[-11:-5]) for item in self._store.list(folder)),
+            (int(item.path[-11:-5]) for item in self._store.list(epochs_folder())),
             default=0,
         )
         if last > seen_epoch and self._someone_is_between(seen_epoch):
@@ -211,9 +216,7 @@ class RunLock:
         epoch = max(last, seen_epoch) + 1
         self._state = replace(self._state, epoch=epoch, counter=0)
         record = json.dumps({"epoch": epoch, "holder": asdict(self._state.holder)}, indent=1)
-        if not self._store.put_if_absent(
-            epoch_path(self._run, epoch), record.encode(), uuid.uuid4().hex
-        ):
+        if not self._store.put_if_absent(epoch_path(epoch), record.encode(), uuid.uuid4().hex):
             raise _held(self._store, None)
 
     def _someone_is_between(self, seen_epoch: int) -> bool:
@@ -231,14 +234,19 @@ class RunLock:
                 self._store.put(LOCK, self._state.to_bytes())
                 if is_cancel_requested(self._store, self._run):
                     self.cancelled.set()
-            except BatchrunError:
+            except Exception as error:
                 # Storage is away. The run itself decides how long to bear that; when it is back,
-                # the next beat shows whether somebody took over.
+                # the next beat shows whether somebody took over. Whatever else it is, a lock
+                # that falls silent would let a second driver in beside this one.
+                if not isinstance(error, BatchrunError):
+                    _log.warning("a beat of the run lock failed: %s", error)
                 continue
 
     def _is_ours(self) -> bool:
         now = read_lock(self._store)
-        return now is None or now.epoch <= self._state.epoch
+        if now is None or now.epoch < self._state.epoch:
+            return True
+        return now.epoch == self._state.epoch and now.holder == self._state.holder
 
 
 def _held(store: Store, holder: Holder | None) -> OutputHeldError:

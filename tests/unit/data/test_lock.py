@@ -98,7 +98,7 @@ def test_a_living_holder_is_named(store: Store) -> None:
     assert (held.value.exit_code, clock.now) == (4, 4.5)
     seen = read_lock(store)
     assert seen is not None and seen.counter == 11
-    assert store.info(epoch_path("run", 4)) is None
+    assert store.info(epoch_path(4)) is None
 
 
 def test_a_silent_holder_is_followed_after_20_seconds(store: Store) -> None:
@@ -155,10 +155,46 @@ def test_of_two_that_follow_one_wins(store: Store) -> None:
         slow.acquire()
 
 
+def test_two_jobs_that_begin_at_once_never_get_the_same_number(store: Store) -> None:
+    """Drivers of different runs are counted together: so one of them is the later one, and the
+    other learns it with its next beat."""
+    first, second = RunLock(store, "one"), RunLock(store, "two")
+    first._claim(0)
+    second._claim(0)
+    assert (1, 2) == (first.epoch, second.epoch)
+
+
+def test_an_equal_number_of_another_holder_is_no_own_lock(store: Store) -> None:
+    """A holder whose object was written over by another one learns it with the next beat."""
+    with lock_of(store, beat_s=0.01) as lock:
+        put_lock(store, epoch=lock.epoch)
+        assert lock.lost.wait(5)
+
+
+def test_a_lock_beats_on_after_an_error_of_any_kind(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No surprise of a library ends the thread: a silent lock would let a second driver in."""
+    failing = iter([True])
+    put = store.put
+
+    def put_or_fail(path: str, data: bytes) -> None:
+        if path == LOCK and next(failing, False):
+            raise RuntimeError("surprise")
+        put(path, data)
+
+    with lock_of(store, beat_s=0.01) as lock:
+        monkeypatch.setattr(store, "put", put_or_fail)
+        deadline = time.monotonic() + 5
+        while (state := read_lock(store)) is not None and state.counter < 3:
+            assert time.monotonic() < deadline and not lock.lost.is_set()
+            time.sleep(0.01)
+
+
 def test_an_epoch_whose_taker_died_before_the_lock_is_passed_over(store: Store) -> None:
     """Epochs are never given twice."""
     put_lock(store, released=True)
-    store.put(epoch_path("run", 9), b"{}")
+    store.put(epoch_path(9), b"{}")
     with lock_of(store) as lock:
         assert lock.epoch == 10
 
