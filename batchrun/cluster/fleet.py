@@ -24,6 +24,7 @@ from batchrun.cluster.session import draining_nodes
 from batchrun.cluster.worker import Loaded, Worker, WorkerSettings
 from batchrun.errors import BatchrunError, OutputError, StorageError
 from batchrun.events import LossCause
+from batchrun.pipeline import DRAIN_S
 from batchrun.records import Lease
 from batchrun.reports import WorkReport
 
@@ -359,11 +360,16 @@ class Fleet:
                     ray.cancel(member.call, force=True)
                     self._kill(worker)
                     yield member.gone
-            elif now - member.called_at > self._hang_timeout_s + WORK_S:
+            elif now - member.called_at > self._patience_s(member) + WORK_S:
                 message = f"no engine step for {self._hang_timeout_s:g} s"
                 gone = self._give_up(WorkerGone(worker, LossCause.HANG, message, node_lived=True))
                 if gone is not None:
                     yield gone
+
+    def _patience_s(self, member: _Member) -> float:
+        """How long a call may last: one that saves everything before the end is no hang."""
+        limit = self._hang_timeout_s
+        return max(limit, DRAIN_S) if member.draining else limit
 
     def _notice_draining(self) -> None:
         """Ask the cluster now and then which nodes it is about to take away."""
