@@ -182,21 +182,30 @@ def test_what_is_not_there_is_named(batchrun: Start, dashboard: str) -> None:
     assert 2 == code and "no Ray dashboard answers" in err and "hint:" in err
 
 
+def _get(url: str) -> bytes:
+    """What is there; with Ray's token, which a cluster may ask for."""
+    kept = Path.home() / ".ray/auth_token"
+    token = os.environ.get("RAY_AUTH_TOKEN") or (kept.read_text() if kept.exists() else "")
+    headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+        found: bytes = answer.read()
+    return found
+
+
 def _actors(dashboard: str) -> list[dict[str, str]]:
-    with urllib.request.urlopen(f"{dashboard}/api/v0/actors?detail=1", timeout=10) as answer:
-        found: list[dict[str, str]] = json.load(answer)["data"]["result"]["result"]
+    document = json.loads(_get(f"{dashboard}/api/v0/actors?detail=1"))
+    found: list[dict[str, str]] = document["data"]["result"]["result"]
     return found
 
 
 def _ray_series(dashboard: str, name: str, run: str) -> list[str]:
     """Lines of a series of a run, from all of Ray's metrics endpoints."""
-    with urllib.request.urlopen(f"{dashboard}/api/prometheus/sd", timeout=10) as answer:
-        targets = [target for group in json.load(answer) for target in group["targets"]]
+    groups = json.loads(_get(f"{dashboard}/api/prometheus/sd"))
+    targets = [target for group in groups for target in group["targets"]]
     found = []
     for target in targets:
         try:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-                lines = answer.read().decode().splitlines()
+            lines = _get(f"http://{target}/metrics").decode().splitlines()
         except OSError:
             continue  # Ray lists endpoints of processes that are still to start
         found += [line for line in lines if line.startswith(name) and f'run="{run}"' in line]
