@@ -93,8 +93,8 @@ def shard_digest(run: str, shard: Shard) -> str:
 def run_folder(run: str) -> str:
     """The folder of a run's bookkeeping.
 
-    In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``parts/`` and ``failed/``, one a
-    shard; ``traces/``, one a shard, where the run keeps them;
+    In it: ``job.json``; ``plan-<n>.parquet`` and ``.json``; ``epochs/``, one a driver;
+    ``parts/`` and ``failed/``, one a shard; ``traces/``, one a shard, where the run keeps them;
     ``journal/<shard>/<attempt>-<seq>.zst``, of shards in work; ``strikes/<epoch>-<worker>.json``,
     one a worker that died; ``history/``, one a driver; ``retries/``; ``kept-<n>.json``, where parts
     of an earlier run were kept; ``progress.json``; ``manifest-<n>.json``.
@@ -102,15 +102,14 @@ def run_folder(run: str) -> str:
     return f"{FOLDER}/{run}"
 
 
-def epochs_folder() -> str:
-    """Where the drivers of an output are counted: of all its runs together, so that of two jobs
-    that begin at once only one gets the number."""
-    return f"{FOLDER}/epochs"
+def epochs_folder(run: str) -> str:
+    """Where the drivers of a run are counted."""
+    return f"{run_folder(run)}/epochs"
 
 
-def epoch_path(epoch: int) -> str:
-    """The create-only record that one driver took the output under this number."""
-    return f"{epochs_folder()}/{epoch:06d}.json"
+def epoch_path(run: str, epoch: int) -> str:
+    """The create-only record that one driver took the run under this number."""
+    return f"{epochs_folder(run)}/{epoch:06d}.json"
 
 
 def commit_path(run: str, shard: int) -> str:

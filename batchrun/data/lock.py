@@ -207,7 +207,7 @@ class RunLock:
     def _claim(self, seen_epoch: int) -> None:
         """Take the next epoch; its create-only record decides between several takers."""
         last = max(
-            (int(item.path[-11:-5]) for item in self._store.list(epochs_folder())),
+            (int(item.path[-11:-5]) for item in self._store.list(epochs_folder(self._run))),
             default=0,
         )
         if last > seen_epoch and self._someone_is_between(seen_epoch):
@@ -216,7 +216,9 @@ class RunLock:
         epoch = max(last, seen_epoch) + 1
         self._state = replace(self._state, epoch=epoch, counter=0)
         record = json.dumps({"epoch": epoch, "holder": asdict(self._state.holder)}, indent=1)
-        if not self._store.put_if_absent(epoch_path(epoch), record.encode(), uuid.uuid4().hex):
+        if not self._store.put_if_absent(
+            epoch_path(self._run, epoch), record.encode(), uuid.uuid4().hex
+        ):
             raise _held(self._store, None)
 
     def _someone_is_between(self, seen_epoch: int) -> bool:

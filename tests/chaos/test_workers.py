@@ -230,7 +230,7 @@ def test_a_zombie(field: Field, expected: Rows) -> None:
 
 def summary_epoch(field: Field, run: str) -> int:
     """The epoch of the latest driver."""
-    return len(field.store("zombie").list("_batchrun/epochs"))
+    return len(field.store("zombie").list(f"_batchrun/{run}/epochs"))
 
 
 @pytest.mark.fault(35, "journal objects torn and flipped between two submits")

@@ -98,7 +98,7 @@ def test_a_living_holder_is_named(store: Store) -> None:
     assert (held.value.exit_code, clock.now) == (4, 4.5)
     seen = read_lock(store)
     assert seen is not None and seen.counter == 11
-    assert store.info(epoch_path(4)) is None
+    assert store.info(epoch_path("run", 4)) is None
 
 
 def test_a_silent_holder_is_followed_after_20_seconds(store: Store) -> None:
@@ -155,15 +155,6 @@ def test_of_two_that_follow_one_wins(store: Store) -> None:
         slow.acquire()
 
 
-def test_two_jobs_that_begin_at_once_never_get_the_same_number(store: Store) -> None:
-    """Drivers of different runs are counted together: so one of them is the later one, and the
-    other learns it with its next beat."""
-    first, second = RunLock(store, "one"), RunLock(store, "two")
-    first._claim(0)
-    second._claim(0)
-    assert (1, 2) == (first.epoch, second.epoch)
-
-
 def test_an_equal_number_of_another_holder_is_no_own_lock(store: Store) -> None:
     """A holder whose object was written over by another one learns it with the next beat."""
     with lock_of(store, beat_s=0.01) as lock:
@@ -194,7 +185,7 @@ def test_a_lock_beats_on_after_an_error_of_any_kind(
 def test_an_epoch_whose_taker_died_before_the_lock_is_passed_over(store: Store) -> None:
     """Epochs are never given twice."""
     put_lock(store, released=True)
-    store.put(epoch_path(9), b"{}")
+    store.put(epoch_path("run", 9), b"{}")
     with lock_of(store) as lock:
         assert lock.epoch == 10
 
