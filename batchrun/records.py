@@ -48,6 +48,10 @@ class ErrorKind(StrEnum):
     ENGINE = "engine"
 
 
+HEALING = (ErrorKind.TIMEOUT, ErrorKind.WORKER_LOST, ErrorKind.ENGINE)
+"""Errors that another try may not meet: the others lie in the row."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowError:
     """Why a row cannot be answered. ``str()`` gives the text of the column ``error``."""

@@ -10,13 +10,11 @@ from typing import Any
 from batchrun.data.facts import Facts, read_facts
 from batchrun.data.history import History, read_histories
 from batchrun.data.layout import run_folder
-from batchrun.data.plan import read_plan
-from batchrun.data.run import RunDirectory
-from batchrun.data.schema import InputColumns
 from batchrun.data.status import RunState, RunStatus, read_status
 from batchrun.data.store import Store
+from batchrun.metrics import WORKER_SECONDS
 
-STATES = ("provision", "load", "compile", "generate", "starved", "drain")
+STATES = WORKER_SECONDS.labels["state"]
 """What a worker's time goes into, in the order of its life."""
 
 
@@ -189,9 +187,6 @@ def read_report(store: Store, *, texts: bool = True) -> Report:
     Raises :class:`~batchrun.errors.OutputError` when there is no run, or a part cannot be read.
     """
     status = read_status(store)
-    directory = RunDirectory(store, status.run_id)
-    shards = tuple(read_plan(store, status.run_id, InputColumns()).shards.values())
-    parts = directory.summarised(shards)
     record = json.loads(store.read(f"{run_folder(status.run_id)}/job.json") or b"{}")
     job = record.get("job", {})
     price = job.get("resources", {}).get("price_per_gpu_hour")
@@ -200,6 +195,6 @@ def read_report(store: Store, *, texts: bool = True) -> Report:
         status=status,
         job=job,
         histories=read_histories(store, status.run_id),
-        facts=read_facts(store, parts.values(), texts=texts),
+        facts=read_facts(store, status.parts.values(), texts=texts),
         price=price,
     )

@@ -16,7 +16,7 @@ from batchrun.charts import Series, bar_chart, line_chart, share_bar
 from batchrun.data.facts import Distribution
 from batchrun.data.history import History
 from batchrun.foretold import Foretold
-from batchrun.records import ErrorKind
+from batchrun.records import HEALING
 from batchrun.report import STATES, Report
 
 _MAX_LINES = 8  # workers in one chart: more cannot be told apart
@@ -26,8 +26,6 @@ _NAMES = {
     "reasoning_tokens": "reasoning",
     "completion_tokens": "completion",
 }
-# A prompt that is wrong or too long is so the next time, too.
-_CURABLE = (ErrorKind.TIMEOUT, ErrorKind.WORKER_LOST, ErrorKind.ENGINE)
 _MEANINGS = {
     "provision": "waiting for the cluster",
     "load": "loading the model",
@@ -77,7 +75,7 @@ def report_page(report: Report, foretold: Sequence[Foretold] = ()) -> str:
             (_NAMES[name], spread, Markup(_histogram(name, spread, number)))
             for number, (name, spread) in enumerate(report.facts.tokens.items())
         ],
-        curable=[kind for kind in report.facts.errors if kind in _CURABLE],
+        curable=[kind for kind in report.facts.errors if kind in HEALING],
         many_workers=any(len(history.workers) > _MAX_LINES for history in report.histories),
         job=json.dumps(report.job, indent=2, ensure_ascii=False),
         made_at=_when(datetime.now(UTC).timestamp()),

@@ -90,8 +90,7 @@ def command(
 
 def _kinds(errors: str | None) -> tuple[ErrorKind, ...]:
     """The kinds that ``--errors`` names."""
-    from batchrun.cluster.rerun import HEALING
-    from batchrun.records import ErrorKind
+    from batchrun.records import HEALING, ErrorKind
     from batchrun.wording import nearest
 
     if errors is None:

@@ -167,13 +167,23 @@ class ClusterJobs:
 
     def get(self, job_id: str) -> ClusterJob:
         """The run of this id. Raises ClusterError where there is none."""
-        for job in self.list():
-            if job.id == job_id:
-                return job
+        details = self._details(job_id)
+        if details is not None and _is_ours(details):
+            return _cluster_job(details)
         raise ClusterError(
             f"the cluster at {self.address} has no run {job_id!r}",
             "`batchrun list` shows them; a cluster forgets its jobs when it is stopped",
         )
+
+    def _details(self, job_id: str) -> JobDetails | None:
+        """What Ray knows of one job; None where it knows none of this id."""
+        with _border(self.address):
+            try:
+                return self._client.get_job_info(job_id)
+            except RuntimeError as error:
+                if "status code 404" not in str(error):
+                    raise
+                return None
 
     def logs(self, job_id: str) -> str:
         """What the run printed so far."""

@@ -16,9 +16,6 @@ from batchrun.jobfile import JobSource, override_job
 from batchrun.logs import REDACTED
 from batchrun.records import ErrorKind
 
-HEALING = (ErrorKind.TIMEOUT, ErrorKind.WORKER_LOST, ErrorKind.ENGINE)
-"""Errors that another try may not meet: the others lie in the row."""
-
 
 def retry_job(
     job: Job,

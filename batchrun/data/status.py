@@ -16,7 +16,7 @@ from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat
 from batchrun.errors import OutputError, OutputHeldError
-from batchrun.records import Counts, Shard
+from batchrun.records import Counts, Part, Shard
 
 
 class RunState(StrEnum):
@@ -32,6 +32,7 @@ class RunState(StrEnum):
 class RunStatus:
     """The state of a run, for ``batchrun status``.
 
+    ``parts`` are the published ones by shard number.
     ``counts`` are sums over published parts, or the driver's own when it lives and knows more;
     of a run that nobody drives they include ``journaled_rows``, which the next submit publishes.
     ``kept`` says how many of the parts are of other runs, by run, where a changed job took them
@@ -50,6 +51,7 @@ class RunStatus:
     progress: Progress | None
     journaled_rows: int = 0
     kept: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[int, Part] = field(default_factory=dict)
 
     @property
     def state(self) -> RunState:
@@ -102,6 +104,7 @@ def read_status(store: Store) -> RunStatus:
         progress=progress,
         journaled_rows=journaled.rows,
         kept=read_kept_parts(store, run).num_parts,
+        parts=parts,
     )
 
 

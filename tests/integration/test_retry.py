@@ -13,7 +13,7 @@ import pytest
 
 from batchrun.cli import main
 from batchrun.cluster.driver import run_job
-from batchrun.cluster.rerun import HEALING, recorded_job, retry_job
+from batchrun.cluster.rerun import recorded_job, retry_job
 from batchrun.cluster.summary import Retried, Summary
 from batchrun.data.local import LocalStore
 from batchrun.data.status import read_status
@@ -23,6 +23,7 @@ from batchrun.data.verify import verify_run
 from batchrun.errors import OutputError
 from batchrun.job import parse_job
 from batchrun.jobfile import JobSource
+from batchrun.records import HEALING
 
 from .conftest import Work, answer_of, sums
 
