@@ -126,6 +126,21 @@ def begin_retry(
     return Retry(last + 1, chosen, rows, {number: parts[number] for number in rows})
 
 
+def unfinished_shards(store: Store, run: str) -> frozenset[int]:
+    """The shards with rows that the newest retry has still to try: it goes on with their journals.
+
+    A plan that is damaged holds none, as no retry can go on with it. Only reads.
+    """
+    last, _, recorded = _look(store, run)
+    if not last:
+        return frozenset()
+    try:
+        planned = _read_plan(store, run, last).rows
+    except OutputError:
+        return frozenset()
+    return frozenset(number for number in planned if (number, last) not in recorded)
+
+
 def find_failed(
     store: Store, parts: Iterable[Part], kinds: Sequence[ErrorKind], n: int
 ) -> dict[int, Rows]:

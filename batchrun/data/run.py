@@ -40,7 +40,7 @@ from batchrun.data.plan import (
     moved,
     read_plan,
 )
-from batchrun.data.retry import Retry, begin_retry, recover
+from batchrun.data.retry import Retry, begin_retry, recover, unfinished_shards
 from batchrun.data.schema import InputSchema
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFile, PartFormat
@@ -235,7 +235,8 @@ class RunDirectory:
     ) -> Counts:
         """Write the manifest, and ``_SUCCESS`` if all went well; the sums over all parts.
 
-        Truth is the listing. The journal goes with a success. Raises when a shard that did not
+        Truth is the listing. The journal goes with a success, but for shards that a retry was cut
+        off at. Raises when a shard that did not
         fail has no part. May be called again: equal content is not written twice.
         """
         parts = self.committed(shards, known, failed)
@@ -260,8 +261,8 @@ class RunDirectory:
         }
         name = self._write_manifest(manifest)
         if success:
-            # Every row is in a part.
-            delete_journal(self.store, self.run)
+            # Every row is in a part; what a retry that was cut off has tried is nowhere else.
+            delete_journal(self.store, self.run, spare=unfinished_shards(self.store, self.run))
         if success and self.store.info(SUCCESS) is None:
             summary: dict[str, object] = {
                 "run_id": self.run,

@@ -279,8 +279,9 @@ def test_a_retry_may_die_at_any_step(make: Callable[..., Site], after: bool) -> 
 
 
 def test_a_retry_that_was_cut_off_goes_on_from_the_journal(make: Callable[..., Site]) -> None:
-    """What it generated is not generated again; what was journaled before it began does not
-    count, and neither does the journal for a retry of other errors."""
+    """What it generated is not generated again, also when a submit has found the run finished in
+    between; what was journaled before it began does not count, and neither does the journal for a
+    retry of other errors."""
     site = make()
     run = run_id(site.semantic)
     opened = site.open()
@@ -293,6 +294,8 @@ def test_a_retry_that_was_cut_off_goes_on_from_the_journal(make: Callable[..., S
     assert site.store.list(journal_folder(run)) == ()
     mine = completion(rows[1], 1, completion="journaled by the retry")
     JournalWriter(site.store, run, replace(lease, epoch=2)).flush([mine])
+    submitted = site.open()
+    submitted.directory.finish(submitted.shards, {}, success=True)
     assert begin_retry(site.store, run, opened.parts, tuple(reversed(KINDS)), N) == retry
     restage(site.store, opened, shard, retry, "000003-000001")
     apply_staged(site.store, run, 0, retry.number)
@@ -301,6 +304,8 @@ def test_a_retry_that_was_cut_off_goes_on_from_the_journal(make: Callable[..., S
         f"first {rows[1].id}",
         "journaled by the retry",
     ]
+    opened.directory.finish(opened.shards, {}, success=True)
+    assert site.store.list(journal_folder(run)) == (), "a shard that is retried needs none"
     left = begin_retry(site.store, run, site.open().parts, KINDS, N)
     assert (left.number, list(left.rows)) == (1, [1]), "a shard that is done is done"
     other = begin_retry(site.store, run, site.open().parts, [ErrorKind.TOO_LONG], N)
