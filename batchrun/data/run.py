@@ -17,6 +17,7 @@ from batchrun.data.layout import (
     PART_NAME,
     SUCCESS,
     commit_path,
+    epoch_path,
     failed_path,
     part_name,
     run_folder,
@@ -44,7 +45,13 @@ from batchrun.data.retry import Retry, begin_retry, recover, unfinished_shards
 from batchrun.data.schema import InputSchema
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFile, PartFormat
-from batchrun.errors import BatchrunError, OutputError, OutputHeldError, ShardError
+from batchrun.errors import (
+    BatchrunError,
+    OutputError,
+    OutputHeldError,
+    ShardError,
+    StorageError,
+)
 from batchrun.records import Counts, ErrorKind, Lease, Part, Shard
 
 _RECORD_THREADS = 16
@@ -79,6 +86,21 @@ class RunDirectory:
         self.store = store
         self.run = run
         self._n = n
+
+    def check_stands(self, epoch: int) -> None:
+        """Raise StorageError when the run was discarded since the driver of ``epoch`` began it.
+
+        For a worker that publishes, just before it does: one that nobody could end (its machine was
+        out of reach) leaves no part in an output that others took for empty. What it has sent
+        already when the run is discarded may still arrive: a part under a name of the old run,
+        which ``verify`` tells of.
+        """
+        if self.store.info(epoch_path(self.run, epoch)) is None:
+            raise StorageError(
+                f"output: the run of this worker is no longer in {self.store.url}: it was "
+                "discarded, or deleted by hand",
+                "submit again to begin anew",
+            )
 
     def publish(self, part_file: PartFile, lease: Lease) -> Part:
         """Put a finished part in its place, once, and record the commit.

@@ -86,7 +86,31 @@ def test_a_small_shard_is_not_split() -> None:
     assert [run.sizes(name) for name in run.workers] == [[90], [90]]
     run = Run([97], num_workers=2)
     run.ready(max_sequences=64)
-    assert run.sizes(run.workers[0]) == [64]
+    assert [run.sizes(name) for name in run.workers] == [[49], [48]]
+
+
+@pytest.mark.parametrize("sizes", [[120], [10] * 12, [100, 20], [2000]])
+def test_who_is_ready_first_leaves_work_for_the_others(sizes: list[int]) -> None:
+    """However many rows an engine could run at once, a worker that is counted on and comes a
+    little later finds its fair share, or an engine-full of it; nothing waits for one that never
+    comes."""
+    run = Run(sizes, num_workers=2)
+    first, second = run.workers
+    run.ready(first, max_sequences=128)
+    for _ in range(3):
+        run.handle(LeasesWanted(first, 3))
+    left = run.state.backlog.num_rows
+    assert sum(run.sizes(first)) + left == sum(sizes)
+    assert 50 <= left and (left <= 70 or sum(run.sizes(first)) >= 128)
+    run.handle(LeasesWanted(first, 0))
+    run.ready(second, max_sequences=128)
+    run.handle(LeasesWanted(second, 9))
+    assert sum(run.sizes(second)) == left
+    run = Run(sizes, num_workers=2)
+    run.ready(first, max_sequences=128)
+    while run.outcome is None:
+        run.done(first)
+    assert ended(run) == (OutcomeKind.SUCCESS, 0)
 
 
 def test_a_split_shard_is_put_together_by_who_finished_last() -> None:
