@@ -210,6 +210,8 @@ class OpenLease:
     def forget(self, ordinal: int, sample: int) -> None:
         """A sample begins anew: what the journal has of it does not count."""
         self._sampled.pop((ordinal, sample), None)
+        if self._flush is not None:
+            self._flush.sampled.pop((ordinal, sample), None)
 
     def num_saved(self, item: RunningSample) -> int:
         """How many tokens of a running sample would not be lost with the worker."""
@@ -257,7 +259,8 @@ class OpenLease:
         self._flush = _Flush(future, finished, counts, num_bytes, num_tokens, sampled, now)
 
     def end_flush(self) -> float | None:
-        """Take note of a flush that ended; when it began, or None when storage failed.
+        """Take note of a flush that ended; when it began, or None when storage failed: then the
+        next one brings the same again.
 
         Raises StorageError when that has happened too often.
         """
@@ -267,12 +270,12 @@ class OpenLease:
             flush.future.result()
         except StorageError:
             self._num_failed_flushes += 1
-            if self._num_failed_flushes >= _MAX_FAILED_FLUSHES:
-                raise
             self._finished = flush.finished + self._finished
             self._unsaved = flush.counts + self._unsaved
             self._num_bytes += flush.num_bytes
             self._num_tokens += flush.num_tokens
+            if self._num_failed_flushes >= _MAX_FAILED_FLUSHES:
+                raise
             return None
         self._num_failed_flushes = 0
         self._saved += flush.counts

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from batchrun.data.blocks import read_header, read_lines, to_bytes
+from batchrun.data.blocks import MAX_LINE_BYTES, read_header, read_lines, to_bytes
 from batchrun.data.entries import Running, read_entry, write_finished, write_running
 from batchrun.data.layout import journal_folder, shard_digest
 from batchrun.data.store import ObjectInfo, Store
@@ -51,13 +51,25 @@ class JournalWriter:
         """Make these durable; returns when they are.
 
         Raises StorageError when that is not known. The next call may then bring the same again:
-        whatever arrived twice counts once.
+        whatever arrived twice counts once. A sample of more than 32 MiB is left out with a
+        warning: should its worker die before the part stands, it is generated again.
         """
-        lines = [write_finished(item) for item in finished]
-        lines += [write_running(item) for item in running]
+        lines: list[tuple[Completion | Running, bytes]]
+        lines = [(item, write_finished(item)) for item in finished]
+        lines += [(item, write_running(item)) for item in running]
         group: list[bytes] = []
         num_bytes = 0
-        for line in lines:
+        for item, line in lines:
+            if len(line) > MAX_LINE_BYTES:
+                _log.warning(
+                    "shard %s: sample %d of row %d has %d bytes, more than a journal holds; it is "
+                    "not safe before the shard's part is",
+                    self._lease.shard.name,
+                    item.sample,
+                    item.ordinal,
+                    len(line),
+                )
+                continue
             if group and num_bytes + len(line) > _MAX_LINES_BYTES:
                 self._put(group)
                 group, num_bytes = [], 0
@@ -133,14 +145,23 @@ def read_journal(
     return journal
 
 
-def delete_journal(store: Store, run: str, shards: Iterable[int] | None = None) -> int:
-    """Delete the journals of these shards, or of all; the number of objects deleted."""
+def delete_journal(
+    store: Store,
+    run: str,
+    shards: Iterable[int] | None = None,
+    *,
+    spare: Iterable[int] = (),
+) -> int:
+    """Delete the journals of these shards, or of all but ``spare``; the number of objects
+    deleted."""
     folders = (
         [journal_folder(run)]
         if shards is None
         else [journal_folder(run, number) for number in shards]
     )
-    paths = [item.path for folder in folders for item in store.list(folder)]
+    spared = tuple(f"{journal_folder(run, number)}/" for number in spare)
+    found = (item.path for folder in folders for item in store.list(folder))
+    paths = [path for path in found if not path.startswith(spared)]
     if paths:
         store.delete(paths)
     return len(paths)
@@ -212,18 +233,24 @@ class _Merge:
         return entry.ordinal < self._num_rows and entry.sample < self._n
 
     def _extend(self, attempt: str, entry: Running) -> None:
-        """Append what an attempt says it sampled on, unless something before it is missing."""
+        """Append what an attempt says it sampled on, unless something before it is missing; what
+        it sampled from the beginning again takes the place of what it had."""
         key = (entry.ordinal, entry.sample)
         chains = self._chains.setdefault(attempt, {})
         chain = chains.get(key, Generated((), None if entry.generated.logprobs is None else ()))
-        if (attempt, *key) in self._broken:
+        if (attempt, *key) in self._broken and entry.at:
             return
         known, told = chain.token_ids, entry.generated.token_ids
         shared = len(known) - entry.at
         agrees = shared >= 0 and known[entry.at :][: len(told)] == told[:shared]
         if not agrees or (chain.logprobs is None) != (entry.generated.logprobs is None):
-            # What comes after a gap has no place; what contradicts is not to be trusted.
-            self._broken.add((attempt, *key))
+            if entry.at:
+                # What comes after a gap has no place; what contradicts is not to be trusted.
+                self._broken.add((attempt, *key))
+            else:
+                # The engine failed on the sample, and the attempt began it anew.
+                self._broken.discard((attempt, *key))
+                chains[key] = entry.generated
             return
         if len(told) <= shared:
             return  # it arrived twice

@@ -327,6 +327,39 @@ def test_storage_may_fail_once(make: MakeRun) -> None:
     pipeline.close()
 
 
+def test_what_storage_refuses_of_a_lease_costs_the_others_nothing(
+    make: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that has to stop makes safe what storage takes: neither a part that cannot be
+    published nor a journal that cannot be written keeps another lease from its own, and what was
+    to be published is journaled."""
+    run = make(sums(2))
+    pipeline = run.pipeline()
+    first, second = run.lease(Rows.of([0])), run.lease(Rows.of([1]))
+    for lease in (first, second):
+        pipeline.start(lease)
+    run.steps(pipeline, 3)
+    pipeline._leases[0]._num_failed_flushes = 1
+
+    def refuse(*args: object) -> None:
+        raise StorageError("the bucket is away")
+
+    monkeypatch.setattr(pipeline._writers[first.attempt], "flush", refuse)
+    report = pipeline.finish(10.0)
+    assert [item.attempt for item in report.returned] == [first.attempt, second.attempt]
+    begun = run.journals.read(run.setup.shards[0]).running
+    assert list(begun) == [(1, 0)]
+    pipeline = run.pipeline()
+    third = run.lease()
+    pipeline.start(third)
+    monkeypatch.setattr(pipeline, "_publish", refuse)
+    while not pipeline._leases[0].has_all_rows:
+        run.steps(pipeline, 1)
+    report = pipeline.finish(10.0)
+    assert [(item.attempt, item.fresh.rows) for item in report.returned] == [(third.attempt, 2)]
+    assert len(run.journals.read(run.setup.shards[0]).finished) == 2
+
+
 def test_much_text_is_journaled_before_its_time(
     make: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
