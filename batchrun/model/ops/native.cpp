@@ -12,13 +12,11 @@
 namespace {
 
 using f32 = float;
-struct bf16 {
-    uint16_t bits;
-};
+enum bf16 : uint16_t {};  // its bits; a struct's copies would not become vector code
 
 inline float load(float value) { return value; }
 inline float load(bf16 value) {
-    uint32_t bits = uint32_t(value.bits) << 16;
+    uint32_t bits = uint32_t(value) << 16;
     float out;
     memcpy(&out, &bits, 4);
     return out;
@@ -30,7 +28,7 @@ inline void store(bf16 &to, float value) {
     memcpy(&bits, &value, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
     uint32_t nan = (bits >> 16) | 0x40;
-    to.bits = uint16_t(value != value ? nan : rounded);
+    to = bf16(value != value ? nan : rounded);
 }
 
 // e^x to about the last bit of float32; NaN stays NaN.
@@ -172,6 +170,9 @@ struct Sizes {
     int64_t sequences, heads, head_size, groups, state_size, x_stride, dt_stride, bc_stride;
 };
 
+const int64_t LINE = 64;     // bytes of a line of the cache
+const int64_t AHEAD = 2048;  // bytes; what the CPU fetches ahead by itself ends with every page
+
 template <typename T, typename S>
 void ssm_update(const T *x, const T *dt, const T *B, const T *C, const float *A, const T *dt_bias,
                 const T *skip, S *state, const int64_t *slots, T *out, const Sizes &sizes,
@@ -196,6 +197,8 @@ void ssm_update(const T *x, const T *dt, const T *B, const T *C, const float *A,
         for (int64_t j = 0; j < p; j++) {
             float value = load(x_row[j]), in = step * value, y = 0;
             S *row = rows + j * n;
+            for (int64_t k = 0; k < n; k += LINE / sizeof(S))
+                __builtin_prefetch(row + AHEAD / sizeof(S) + k, 1);
 #pragma omp simd reduction(+ : y)
             for (int64_t k = 0; k < n; k++) {
                 float s = load(row[k]) * decay + in * b[k];
