@@ -580,6 +580,9 @@ class RunState:
         for number in self._behind:
             keep = Rows.all(canary.border_rows) if number == canary.border else Rows()
             self.backlog.hold(number, keep)
+        if canary.border in self.backlog.open:
+            # Earlier drivers may have given all of its first rows up.
+            self._settle_border(canary, canary.border)
 
     # -- the end ---------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from batchrun.coordinator import (
     WorkerLost,
     WorkerReady,
 )
-from batchrun.records import Counts
+from batchrun.records import Counts, Strike
 from batchrun.rows import Rows
 from tests.unit.coordinator_run import Run, ended, part, ranges
 
@@ -431,6 +431,14 @@ def test_a_canary_survives_its_worker() -> None:
         else:
             run.done(name)
     assert ended(run) == (OutcomeKind.CANARY_FAILED, 1)
+
+
+def test_a_canary_whose_rows_were_given_up_is_over() -> None:
+    """Where earlier drivers have lost them to deaths nobody has to run them: the rest goes on."""
+    struck = [Strike(f"1-{row}", {0: Rows.of([row])}, alone=True) for row in (0, 1)]
+    run = Run([10], canary_rows=2, strikes=struck, max_retries=0, max_failed_rows=2)
+    run.ready()
+    assert run.rows("3-1") == [(0, list(range(2, 10)))]
 
 
 def test_an_unreadable_shard_fails_the_canary() -> None:
