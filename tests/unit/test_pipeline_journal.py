@@ -265,17 +265,22 @@ def test_ranges_feed_a_part(make: MakeRun) -> None:
     before = sampled(run)
     rows_of_part, report = run.whole()
     assert rows_of_part == expected
-    assert (sampled(run) - before, report.done[0].fresh.rows) == (0, 0)
+    [done] = report.done
+    assert (sampled(run) - before, done.fresh.rows, done.handed_over) == (0, 0, done.counts)
 
 
 def test_a_range_takes_what_the_journal_has(make: MakeRun) -> None:
-    """Rows that are journaled already count as done and are not generated again."""
+    """Rows that are journaled already count as done and are not generated again; it is known which
+    of them are of an earlier driver."""
     run = make(sums(8))
-    for end in (5, 8):
+    for end, epoch, handed_over in ((3, 1, 0), (5, 2, 0), (8, 2, 2)):
         pipeline = run.pipeline()
-        pipeline.start(run.lease(Rows.of_ranges([(0, end)])))
+        lease = run.lease(Rows.of_ranges([(0, end)]))
+        attempt = lease.attempt.replace("000001-", f"{epoch:06d}-")
+        pipeline.start(replace(lease, epoch=epoch, attempt=attempt))
         [done] = run.end(pipeline)[-1].done
-        assert (done.counts.rows, done.fresh.rows) == (end, 5 if end == 5 else 3)
+        counted = (done.counts.rows, done.fresh.rows, done.handed_over.rows)
+        assert counted == (end, 2 if end == 5 else 3, handed_over)
 
 
 def test_lost_rows_are_error_rows(make: MakeRun) -> None:
