@@ -52,7 +52,7 @@ from batchrun.events import (
     WorkerReady,
 )
 from batchrun.meter import Meter
-from batchrun.records import Counts, Lease, Part, Shard, Strike
+from batchrun.records import Counts, Lease, Part, Shard, Strike, attempt_name
 from batchrun.rows import Rows
 
 __all__ = [
@@ -552,7 +552,7 @@ class RunState:
 
     def _start_lease(self, name: str, grant: Grant, twin: str | None = None) -> StartLease:
         self._num_attempts += 1
-        attempt = f"{self._epoch:06d}-{self._num_attempts:06d}"
+        attempt = attempt_name(self._epoch, self._num_attempts)
         alone = grant.group is not None
         self.attempts[attempt] = _Attempt(name, grant, self._now, twin)
         self._num_leased += len(grant.rows)

@@ -19,7 +19,7 @@ from batchrun.engine.engine import RunningSample
 from batchrun.engine.request import Request
 from batchrun.errors import StorageError
 from batchrun.records import Completion, Counts, Generated, Lease, Part, Row, Shard
-from batchrun.reports import RunningLease
+from batchrun.reports import FinishedLease, RunningLease
 from batchrun.scores import Verdict
 
 MAX_UNSAVED_BYTES = 4 << 20
@@ -112,7 +112,8 @@ class OpenLease:
         self.at_end = False
         self.num_open = 0
         """Rows that the engine or a scorer has."""
-        self.known = Counts()
+        self._known = Counts()
+        self._handed_over = Counts()
         self.publishing: Future[Part] | None = None
         self._other_run = known
         self._num_other = 0
@@ -151,10 +152,17 @@ class OpenLease:
         return RunningLease(
             self.lease.attempt,
             self.lease.shard.number,
-            self.known,
+            self._known,
             self._saved,
             flushing + self._unsaved,
+            self._handed_over,
         )
+
+    def finished(self, part: Part | None = None) -> FinishedLease:
+        """What is finished when it has ended, with its ``part`` if it is whole."""
+        state = self.state
+        counts = state.counts if part is None else part.counts
+        return FinishedLease(self.lease, part, counts, state.fresh, state.handed_over)
 
     @property
     def has_all_rows(self) -> bool:
@@ -202,6 +210,12 @@ class OpenLease:
             if completion.verdict is not None and self.journal.finished[key].verdict is None:
                 self._verdicts[key] = completion.verdict
             self.writer.add_journaled(*key)
+
+    def know(self, ordinal: int, counts: Counts) -> None:
+        """A row is finished that was in the journal with all its samples."""
+        self._known += counts
+        if self.journal.epochs[ordinal] == self.lease.epoch:
+            self._handed_over += counts
 
     def count(self, counts: Counts) -> None:
         """A row is finished that was not in the journal."""

@@ -356,7 +356,7 @@ class Pipeline:
         found = [journaled[key] for key in keys if key in journaled]
         finished, unscored = self._score_kept(item, row, found)
         if len(finished) == n:
-            item.known += self._format.count(finished)
+            item.know(row.ordinal, self._format.count(finished))
             return
         missing = sorted(set(range(n)) - {completion.sample for completion in found})
         requests: list[Request] | RowError = []
@@ -525,7 +525,7 @@ class Pipeline:
         counts = self._format.count(in_order(open_row.finished))
         self._forget(open_row)
         if open_row.is_known:
-            open_row.owner.known += counts
+            open_row.owner.know(open_row.row.ordinal, counts)
             return
         wrong = next((item for item in open_row.finished if item.error is not None), None)
         if wrong is not None:
@@ -650,8 +650,7 @@ class Pipeline:
         if item.publishing is not None and item.publishing.done():
             self._end_publishing(item, done, failed)
         elif not item.lease.whole and item.is_safe:
-            state = item.state
-            self._end(item, FinishedLease(item.lease, None, state.counts, state.fresh), done)
+            self._end(item, item.finished(), done)
 
     def _end_flush(self, item: OpenLease) -> None:
         started_at = item.end_flush()
@@ -672,7 +671,7 @@ class Pipeline:
         except ShardError as error:
             failed.append(self._give_up(item, error))
         else:
-            self._end(item, FinishedLease(item.lease, part, part.counts, item.state.fresh), done)
+            self._end(item, item.finished(part), done)
 
     def _end(self, item: OpenLease, finished: FinishedLease, done: list[FinishedLease]) -> None:
         done.append(finished)

@@ -13,6 +13,7 @@ import re
 import tempfile
 import uuid
 import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from batchrun.data.entries import Running, read_entry, write_finished, write_run
 from batchrun.data.layout import journal_folder, shard_digest
 from batchrun.data.store import ObjectInfo, Store
 from batchrun.errors import StorageError
-from batchrun.records import Completion, Generated, Lease, Shard
+from batchrun.records import Completion, Generated, Lease, Shard, attempt_epoch
 
 __all__ = ["Journal", "JournalWriter", "Running", "delete_journal", "read_journal"]
 
@@ -102,12 +103,14 @@ class Journal:
     """What the journal of a shard holds, by (ordinal, sample).
 
     ``finished`` are whole samples; they wait on local disk and are read when they are asked for.
-    ``running`` is what was sampled so far of others. ``num_damaged`` counts what could not be
-    read: a damaged object, block or record is one each.
+    ``running`` is what was sampled so far of others. ``epochs`` has for each row of the shard the
+    latest epoch under which a sample of it was finished, 0 where that was before the journal.
+    ``num_damaged`` counts what could not be read: a damaged object, block or record is one each.
     """
 
     finished: Mapping[tuple[int, int], Completion] = field(default_factory=dict)
     running: Mapping[tuple[int, int], Generated] = field(default_factory=dict)
+    epochs: Sequence[int] = ()
     num_damaged: int = 0
 
 
@@ -194,13 +197,14 @@ class _Merge:
         self._num_rows = shard.num_rows
         self._n = n
         self._finished = _Finished(shard.num_rows, n)
+        self._epochs = array("q", bytes(8 * shard.num_rows))
         self._chains: dict[str, dict[tuple[int, int], Generated]] = {}
         self._broken: set[tuple[str, int, int]] = set()
         self._num_damaged = 0
 
     def keep(self, completion: Completion) -> None:
         """A finished sample that counts before all that comes."""
-        self._finished.add(completion.ordinal, completion.sample, write_finished(completion))
+        self._finish(completion, write_finished(completion), 0)
 
     def add(self, attempt: str, data: bytes, expected: Mapping[str, object]) -> None:
         """The next object of ``attempt``."""
@@ -213,7 +217,7 @@ class _Merge:
                 self._num_damaged += 1
             elif isinstance(entry, Completion):
                 assert line is not None
-                self._finished.add(entry.ordinal, entry.sample, line)
+                self._finish(entry, line, attempt_epoch(attempt))
             else:
                 self._extend(attempt, entry)
 
@@ -227,7 +231,11 @@ class _Merge:
                 if chain.token_ids and is_longer and key not in self._finished:
                     longest[key] = chain
         self._finished.seal()
-        return Journal(self._finished, longest, self._num_damaged)
+        return Journal(self._finished, longest, self._epochs, self._num_damaged)
+
+    def _finish(self, completion: Completion, line: bytes, epoch: int) -> None:
+        if self._finished.add(completion.ordinal, completion.sample, line):
+            self._epochs[completion.ordinal] = max(self._epochs[completion.ordinal], epoch)
 
     def _is_in_shard(self, entry: Completion | Running) -> bool:
         return entry.ordinal < self._num_rows and entry.sample < self._n
@@ -278,11 +286,11 @@ class _Finished(Mapping[tuple[int, int], Completion]):
         self._file = tempfile.TemporaryFile(prefix="batchrun-journal-")  # noqa: SIM115
         weakref.finalize(self, self._file.close)
 
-    def add(self, ordinal: int, sample: int, line: bytes) -> None:
-        """Keep the line of a sample, unless one is there."""
+    def add(self, ordinal: int, sample: int, line: bytes) -> bool:
+        """Keep the line of a sample, unless one is there: then False."""
         place = ordinal * self._n + sample
         if self._starts[place] >= 0:
-            return
+            return False
         try:
             self._file.write(line)
         except OSError as error:
@@ -290,6 +298,7 @@ class _Finished(Mapping[tuple[int, int], Completion]):
         self._starts[place], self._lengths[place] = self._end, len(line)
         self._end += len(line)
         self._len += 1
+        return True
 
     def seal(self) -> None:
         """Nothing more comes; from here on any thread may read."""

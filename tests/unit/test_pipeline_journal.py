@@ -265,17 +265,22 @@ def test_ranges_feed_a_part(make: MakeRun) -> None:
     before = sampled(run)
     rows_of_part, report = run.whole()
     assert rows_of_part == expected
-    assert (sampled(run) - before, report.done[0].fresh.rows) == (0, 0)
+    [done] = report.done
+    assert (sampled(run) - before, done.fresh.rows, done.handed_over) == (0, 0, done.counts)
 
 
 def test_a_range_takes_what_the_journal_has(make: MakeRun) -> None:
-    """Rows that are journaled already count as done and are not generated again."""
+    """Rows that are journaled already count as done and are not generated again; it is known which
+    of them are of an earlier driver."""
     run = make(sums(8))
-    for end in (5, 8):
+    for end, epoch, handed_over in ((3, 1, 0), (5, 2, 0), (8, 2, 2)):
         pipeline = run.pipeline()
-        pipeline.start(run.lease(Rows.of_ranges([(0, end)])))
+        lease = run.lease(Rows.of_ranges([(0, end)]))
+        attempt = lease.attempt.replace("000001-", f"{epoch:06d}-")
+        pipeline.start(replace(lease, epoch=epoch, attempt=attempt))
         [done] = run.end(pipeline)[-1].done
-        assert (done.counts.rows, done.fresh.rows) == (end, 5 if end == 5 else 3)
+        counted = (done.counts.rows, done.fresh.rows, done.handed_over.rows)
+        assert counted == (end, 2 if end == 5 else 3, handed_over)
 
 
 def test_lost_rows_are_error_rows(make: MakeRun) -> None:
@@ -376,18 +381,18 @@ def test_rows_in_flight_are_told_before_they_run(make: MakeRun) -> None:
     run = make(sums(12))
     pipeline = run.pipeline()
     pipeline.start(run.lease())
-    step = run.engine.runner.run
+    launch = run.engine.runner.launch
 
     def check(work: object) -> object:
         running = {(0, item.key[1]) for item in run.engine.running()}  # type: ignore[index]
         assert running <= run.flight.rows and len(run.flight.rows) <= 4
-        return step(work)  # type: ignore[arg-type]
+        return launch(work)  # type: ignore[arg-type]
 
-    run.engine.runner.run = check  # type: ignore[method-assign, assignment]
+    run.engine.runner.launch = check  # type: ignore[method-assign, assignment]
     try:
         run.end(pipeline)
     finally:
-        run.engine.runner.run = step  # type: ignore[method-assign]
+        run.engine.runner.launch = launch  # type: ignore[method-assign]
     assert {(0, ordinal) for ordinal in range(12)} in run.flight.seen  # as prompts
 
 

@@ -147,6 +147,7 @@ def test_the_first_record_of_a_sample_counts(tmp_path: Path) -> None:
         (0, 0): "early 0",
         (1, 0): "row 1, sample 0",
     }
+    assert list(found.epochs) == [1, 2, 0, 0, 0, 0]
 
 
 def test_the_longest_chain_of_one_attempt_counts(tmp_path: Path) -> None:
