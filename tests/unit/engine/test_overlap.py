@@ -162,7 +162,7 @@ def test_overlapping_steps_give_the_same_outputs(engines: tuple[Engine, Engine])
     while others are taken out. Sequences end in every way, many times."""
     overlapping, plain = engines
     found: Counter[str] = Counter()
-    for seed in range(6):
+    for seed in range(4):
         rng = Random(seed)
         requests = mixed(plain, rng)
         expected = run(plain, requests)
@@ -181,8 +181,8 @@ def test_overlapping_steps_give_the_same_outputs(engines: tuple[Engine, Engine])
         for place, output in {**stay, **gone}.items():
             assert_same(output, expected[place])
     ways = ("closed by force", "format", FinishReason.STOP, FinishReason.LENGTH)
-    assert min(found[way] for way in ways) > 8
-    assert overlapping.stats().prefix_tokens > 500
+    assert min(found[way] for way in ways) > 5
+    assert overlapping.stats().prefix_tokens > 300
 
 
 class Watched:
