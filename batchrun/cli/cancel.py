@@ -52,7 +52,7 @@ def command(job_id: str, grace_s: float, address: str | None, as_json: bool) -> 
 def _ask(job: ClusterJob) -> bool:
     """Ask the run to drain; whether it can hear that."""
     from batchrun.data.cancel import request_cancel
-    from batchrun.data.run import find_run
+    from batchrun.data.jobrecord import find_run
     from batchrun.data.store import Store
 
     try:

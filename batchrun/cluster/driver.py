@@ -40,8 +40,8 @@ from batchrun.coordinator import RunState
 from batchrun.data import run as bookkeeping
 from batchrun.data.history import History, Moment, write_history
 from batchrun.data.lock import RunLock
+from batchrun.data.resume import OpenedRun
 from batchrun.data.retry import Retry, apply_staged
-from batchrun.data.run import OpenedRun
 from batchrun.data.strikes import read_strikes, write_strike
 from batchrun.data.sweeper import JournalSweeper
 from batchrun.data.traffic import traffic
