@@ -62,6 +62,7 @@ from batchrun.events import (
     Outcome,
     OutcomeKind,
     RunStarted,
+    SetAside,
     StartLease,
     StartWorker,
     StopRequested,
@@ -474,6 +475,8 @@ class _Driver:
                 case CancelLease(worker, attempt):
                     self._tally.give_up(attempt)
                     self._the_fleet.cancel(worker, attempt)
+                case SetAside(device, message):
+                    self._view.say(f"{device} gets no more work: {message}")
                 case DrainRun(message):
                     self._drain(message)
                 case FailShard() | FinishRun():

@@ -31,7 +31,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"prompts", "judge"}),
     frozenset({"evaluate"}),
     frozenset({"coordinator", "data", "engine"}),
-    frozenset({"backlog", "canary", "crew", "meter"}),
+    frozenset({"backlog", "canary", "crew", "devices", "meter"}),
     frozenset({"model"}),
     frozenset({"job", "manifest", "metrics"}),
     frozenset({"jobproblems", "jobrules", "events"}),
