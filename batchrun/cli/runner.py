@@ -165,10 +165,9 @@ def summary_text(summary: Summary) -> str:
 
 
 def _retried_lines(retried: Retried) -> list[str]:
-    if retried.rows:
-        lines = [f"  {retried.done:,} rows were tried again, {retried.healed:,} of them healed"]
-    else:
-        lines = [f"  no row failed with {retried.names}: nothing to retry"]
+    lines = []
+    if retried.rows:  # else the beginning has said that there was nothing to do
+        lines.append(f"  {retried.done:,} rows were tried again, {retried.healed:,} of them healed")
     if retried.unfinished_shards:
         left = f"{retried.unfinished_shards:,} shards are not finished yet"
         lines.append(f"  {left}: submit the job to run them")
