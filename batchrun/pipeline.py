@@ -62,7 +62,7 @@ from batchrun.records import (
     Row,
     RowError,
 )
-from batchrun.reports import FailedLease, FinishedLease, ReturnedLease, WorkReport
+from batchrun.reports import DRAIN_S, FailedLease, FinishedLease, ReturnedLease, WorkReport
 from batchrun.rowrequests import RequestBuilder
 from batchrun.scores import Verdict
 from batchrun.worklog import (
@@ -79,8 +79,6 @@ MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
 BUILD_ROWS = 16
 """Rows that become prompts together."""
-DRAIN_S = 20.0
-"""The most that giving everything back may take."""
 
 _WINDOW = 1.25  # requests in the engine, running and waiting, for each sequence it can run
 _LOOKAHEAD = 16  # the same, as long as what waits is small: the order is better the more is known

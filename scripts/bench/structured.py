@@ -18,7 +18,7 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Request
-from batchrun.llm import find_checkpoint
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.records import Message
 
 RECORD = {
