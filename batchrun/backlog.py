@@ -301,7 +301,9 @@ class Backlog:
                 if strike.idle:
                     item.idle_deaths += strike.alone
                     if mine:
-                        groups.append(Group(mine, whole=mine == everything))
+                        whole = mine == everything
+                        rows = Rows.all(self._shards[number].num_rows) if whole else mine
+                        groups.append(Group(rows, whole=whole))
                 elif _num_rows(strike) == 1 and strike.alone and rows:
                     self._recall_death(item, rows, strike, groups, max_retries)
                 else:

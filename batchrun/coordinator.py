@@ -52,7 +52,7 @@ from batchrun.events import (
     WorkerReady,
 )
 from batchrun.meter import Meter
-from batchrun.records import Counts, Lease, Part, Shard, Strike
+from batchrun.records import Counts, Lease, Part, Shard, Strike, attempt_name
 from batchrun.rows import Rows
 
 __all__ = [
@@ -151,6 +151,7 @@ class RunState:
         self._now = 0.0
         self._num_started = 0
         self._num_attempts = 0
+        self._num_leased = 0  # rows that living leases cover
         self.attempts: dict[str, _Attempt] = {}  # of living leases
         self._of_shard: dict[int, list[str]] = {}  # attempts by shard
         self._single: dict[str, None] = {}  # attempts that may get a twin, oldest first
@@ -279,6 +280,7 @@ class RunState:
         if found is None:
             return None
         number = found.grant.shard
+        self._num_leased -= len(found.grant.rows)
         self._of_shard[number].remove(attempt)
         if not self._of_shard[number]:
             del self._of_shard[number]
@@ -442,20 +444,25 @@ class RunState:
 
     def _start_leases(self) -> list[Command]:
         """Suspects to one idle worker, a lease to each of the others, then more to those that
-        have room; what nobody waits for is given a second time."""
+        have room, but for what is kept for workers still to come: a piece each, and as many rows
+        as :meth:`_num_kept_rows` says. What nobody waits for is given a second time."""
         crew, backlog = self.crew, self.backlog
         if self._canary is not None:
             return self._start_canary(self._canary)
         commands = self._isolate()
         while crew.idle and backlog.queue:
-            commands.append(self._start_next(next(iter(crew.idle))))
-        # While some are still to come, work is kept for them: who is early does not take it all.
-        kept = max(0, min(crew.num_starting, self._min_workers - crew.num_ready))
-        while crew.hungry and backlog.queue and self._num_units() - backlog.num_groups > kept:
+            sharing = len(crew.idle) + self._num_expected()
+            share = -(-backlog.num_rows // sharing)
+            commands.append(self._start_next(next(iter(crew.idle)), share))
+        while crew.hungry and backlog.queue:
             name = next((name for name in crew.hungry if name != self._penalty), None)
             if name is None:
                 break
-            commands.append(self._start_next(name))
+            expected = self._num_expected()
+            spare = backlog.num_rows - self._num_kept_rows(crew.members[name].min_rows)
+            if expected and (spare <= 0 or self._num_units() - backlog.num_groups <= expected):
+                break
+            commands.append(self._start_next(name, spare))
         if not backlog.queue:
             commands += self._speculate()
         return commands
@@ -474,10 +481,22 @@ class RunState:
                 break
         return commands
 
-    def _start_next(self, name: str) -> StartLease:
+    def _num_expected(self) -> int:
+        """Workers that are counted on and still to come."""
+        return max(0, min(self.crew.num_starting, self._min_workers - self.crew.num_ready))
+
+    def _num_kept_rows(self, min_rows: int) -> int:
+        """Rows that are kept for workers still to come, so that who is early does not take it all:
+        for each its fair share of what is not done, as far as it fills an engine."""
+        expected = self._num_expected()
+        fair = (self.backlog.num_rows + self._num_leased) // max(1, expected + self.crew.num_ready)
+        return expected * min(min_rows, fair)
+
+    def _start_next(self, name: str, most: int) -> StartLease:
+        """Give the next rows to a worker; no more than ``most`` only to fill its engine."""
         crew = self.crew
         counted_on = max(1, crew.num_ready, self._min_workers)
-        min_rows = crew.members[name].min_rows
+        min_rows = max(MIN_LEASE_ROWS, min(crew.members[name].min_rows, most))
         return self._start_lease(name, self.backlog.take(counted_on, min_rows))
 
     def _isolate(self) -> list[Command]:
@@ -533,9 +552,10 @@ class RunState:
 
     def _start_lease(self, name: str, grant: Grant, twin: str | None = None) -> StartLease:
         self._num_attempts += 1
-        attempt = f"{self._epoch:06d}-{self._num_attempts:06d}"
+        attempt = attempt_name(self._epoch, self._num_attempts)
         alone = grant.group is not None
         self.attempts[attempt] = _Attempt(name, grant, self._now, twin)
+        self._num_leased += len(grant.rows)
         self._of_shard.setdefault(grant.shard, []).append(attempt)
         if twin is not None:
             self.attempts[twin].twin = attempt
@@ -560,6 +580,9 @@ class RunState:
         for number in self._behind:
             keep = Rows.all(canary.border_rows) if number == canary.border else Rows()
             self.backlog.hold(number, keep)
+        if canary.border in self.backlog.open:
+            # Earlier drivers may have given all of its first rows up.
+            self._settle_border(canary, canary.border)
 
     # -- the end ---------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from batchrun.engine.engine import RunningSample
 from batchrun.engine.request import Request
 from batchrun.errors import StorageError
 from batchrun.records import Completion, Counts, Generated, Lease, Part, Row, Shard
-from batchrun.reports import RunningLease
+from batchrun.reports import FinishedLease, RunningLease
 from batchrun.scores import Verdict
 
 MAX_UNSAVED_BYTES = 4 << 20
@@ -112,7 +112,8 @@ class OpenLease:
         self.at_end = False
         self.num_open = 0
         """Rows that the engine or a scorer has."""
-        self.known = Counts()
+        self._known = Counts()
+        self._handed_over = Counts()
         self.publishing: Future[Part] | None = None
         self._other_run = known
         self._num_other = 0
@@ -151,10 +152,17 @@ class OpenLease:
         return RunningLease(
             self.lease.attempt,
             self.lease.shard.number,
-            self.known,
+            self._known,
             self._saved,
             flushing + self._unsaved,
+            self._handed_over,
         )
+
+    def finished(self, part: Part | None = None) -> FinishedLease:
+        """What is finished when it has ended, with its ``part`` if it is whole."""
+        state = self.state
+        counts = state.counts if part is None else part.counts
+        return FinishedLease(self.lease, part, counts, state.fresh, state.handed_over)
 
     @property
     def has_all_rows(self) -> bool:
@@ -203,6 +211,12 @@ class OpenLease:
                 self._verdicts[key] = completion.verdict
             self.writer.add_journaled(*key)
 
+    def know(self, ordinal: int, counts: Counts) -> None:
+        """A row is finished that was in the journal with all its samples."""
+        self._known += counts
+        if self.journal.epochs[ordinal] == self.lease.epoch:
+            self._handed_over += counts
+
     def count(self, counts: Counts) -> None:
         """A row is finished that was not in the journal."""
         self._unsaved += counts
@@ -210,6 +224,8 @@ class OpenLease:
     def forget(self, ordinal: int, sample: int) -> None:
         """A sample begins anew: what the journal has of it does not count."""
         self._sampled.pop((ordinal, sample), None)
+        if self._flush is not None:
+            self._flush.sampled.pop((ordinal, sample), None)
 
     def num_saved(self, item: RunningSample) -> int:
         """How many tokens of a running sample would not be lost with the worker."""
@@ -257,7 +273,8 @@ class OpenLease:
         self._flush = _Flush(future, finished, counts, num_bytes, num_tokens, sampled, now)
 
     def end_flush(self) -> float | None:
-        """Take note of a flush that ended; when it began, or None when storage failed.
+        """Take note of a flush that ended; when it began, or None when storage failed: then the
+        next one brings the same again.
 
         Raises StorageError when that has happened too often.
         """
@@ -267,12 +284,12 @@ class OpenLease:
             flush.future.result()
         except StorageError:
             self._num_failed_flushes += 1
-            if self._num_failed_flushes >= _MAX_FAILED_FLUSHES:
-                raise
             self._finished = flush.finished + self._finished
             self._unsaved = flush.counts + self._unsaved
             self._num_bytes += flush.num_bytes
             self._num_tokens += flush.num_tokens
+            if self._num_failed_flushes >= _MAX_FAILED_FLUSHES:
+                raise
             return None
         self._num_failed_flushes = 0
         self._saved += flush.counts

@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -33,7 +34,7 @@ from batchrun.data.traffic import traffic
 from batchrun.data.writer import PartFile, PartFormat
 from batchrun.engine.engine import Engine, RunningSample
 from batchrun.engine.request import Output, Request
-from batchrun.errors import ShardError
+from batchrun.errors import ShardError, StorageError
 from batchrun.evaluate import ScoreSpec
 from batchrun.job import Job
 from batchrun.judge import Judge
@@ -353,7 +354,7 @@ class Pipeline:
         found = [journaled[key] for key in keys if key in journaled]
         finished, unscored = self._score_kept(item, row, found)
         if len(finished) == n:
-            item.known += self._format.count(finished)
+            item.know(row.ordinal, self._format.count(finished))
             return
         missing = sorted(set(range(n)) - {completion.sample for completion in found})
         requests: list[Request] | RowError = []
@@ -522,7 +523,7 @@ class Pipeline:
         counts = self._format.count(in_order(open_row.finished))
         self._forget(open_row)
         if open_row.is_known:
-            open_row.owner.known += counts
+            open_row.owner.know(open_row.row.ordinal, counts)
             return
         wrong = next((item for item in open_row.finished if item.error is not None), None)
         if wrong is not None:
@@ -623,9 +624,7 @@ class Pipeline:
     ) -> None:
         """Take note of what storage has done, or wait so long for it to do something; ``done`` and
         ``failed`` get the leases that ended."""
-        waiting: list[Future[Any]] = []
-        for item in self._leases:
-            waiting += [f for f in (item.publishing, item.flushing) if f is not None]
+        waiting = self._being_saved()
         left = next((item for item in self._leases if not item.at_end), None)
         if left is not None:
             coming = left.reader.coming if left.opening.done() else left.opening
@@ -633,13 +632,23 @@ class Pipeline:
         if waiting:
             wait(waiting, timeout=timeout_s, return_when=FIRST_COMPLETED)
         for item in list(self._leases):
-            if item.flushing is not None and item.flushing.done():
-                self._end_flush(item)
-            if item.publishing is not None and item.publishing.done():
-                self._end_publishing(item, done, failed)
-            elif not item.lease.whole and item.is_safe:
-                state = item.state
-                self._end(item, FinishedLease(item.lease, None, state.counts, state.fresh), done)
+            self._settle(item, done, failed)
+
+    def _being_saved(self) -> list[Future[Any]]:
+        """Parts and journals on their way to storage."""
+        both = ((item.publishing, item.flushing) for item in self._leases)
+        return [future for pair in both for future in pair if future is not None]
+
+    def _settle(
+        self, item: OpenLease, done: list[FinishedLease], failed: list[FailedLease]
+    ) -> None:
+        """What storage has done for one lease. Raises what it could not do."""
+        if item.flushing is not None and item.flushing.done():
+            self._end_flush(item)
+        if item.publishing is not None and item.publishing.done():
+            self._end_publishing(item, done, failed)
+        elif not item.lease.whole and item.is_safe:
+            self._end(item, item.finished(), done)
 
     def _end_flush(self, item: OpenLease) -> None:
         started_at = item.end_flush()
@@ -660,7 +669,7 @@ class Pipeline:
         except ShardError as error:
             failed.append(self._give_up(item, error))
         else:
-            self._end(item, FinishedLease(item.lease, part, part.counts, item.state.fresh), done)
+            self._end(item, item.finished(part), done)
 
     def _end(self, item: OpenLease, finished: FinishedLease, done: list[FinishedLease]) -> None:
         done.append(finished)
@@ -674,25 +683,29 @@ class Pipeline:
     ) -> list[ReturnedLease]:
         """Publish what is complete, journal what is not, for so long at most, and end all leases.
 
-        What the journal does not take in time is generated again, nothing worse.
+        What storage does not take, or not in time, is generated again, nothing worse.
         """
         until = self._clock() + timeout_s
         if self._scoring:
             self._take_verdicts(min(_SCORES_S, timeout_s))
         self._start_publishing()
         for item in self._leases:
-            if item.publishing is None and self._journals is not None:
-                if item.flushing is not None:
-                    wait([item.flushing], timeout=max(0.0, until - self._clock()))
-                    if not item.flushing.done():
-                        continue
+            if item.publishing is not None or self._journals is None:
+                continue
+            if item.flushing is not None:
+                wait([item.flushing], timeout=max(0.0, until - self._clock()))
+                if not item.flushing.done():
+                    continue
+                with suppress(StorageError):  # the next one brings the same again
                     self._end_flush(item)
-                self._start_flush(item, self._clock())
-        self._collect(0.0, done, failed)
-        while self._clock() < until and any(
-            item.publishing is not None or item.flushing is not None for item in self._leases
-        ):
-            self._collect(max(0.0, until - self._clock()), done, failed)
+            self._start_flush(item, self._clock())
+        while True:
+            for item in list(self._leases):
+                self._settle_last(item, done, failed)
+            left, left_s = self._being_saved(), until - self._clock()
+            if not left or left_s <= 0:
+                break
+            wait(left, timeout=left_s, return_when=FIRST_COMPLETED)
         returned: list[ReturnedLease] = []
         for item in list(self._leases):
             state = item.state
@@ -708,6 +721,21 @@ class Pipeline:
             item.close()
         self._tell_flight()
         return returned
+
+    def _settle_last(
+        self, item: OpenLease, done: list[FinishedLease], failed: list[FailedLease]
+    ) -> None:
+        """As :meth:`_settle`; what storage does not take costs the other leases nothing. A part
+        that cannot be published goes to the journal."""
+        try:
+            self._settle(item, done, failed)
+        except StorageError as error:
+            log_gone(item.lease, "lease_not_saved", error.message)
+            part = item.publishing
+            if part is not None and part.done() and part.exception() is not None:
+                item.publishing = None
+                if item.flushing is None and self._journals is not None:
+                    self._start_flush(item, self._clock())
 
     # -- reports -------------------------------------------------------------------------------
 

@@ -130,6 +130,17 @@ class Lease:
     lost: Mapping[int, str] = field(default_factory=dict)
 
 
+def attempt_name(epoch: int, number: int) -> str:
+    """What the attempt that is the ``number``-th of an epoch is called."""
+    return f"{epoch:06d}-{number:06d}"
+
+
+def attempt_epoch(attempt: str) -> int:
+    """The epoch of an attempt by its name; 0 for a name that is none."""
+    epoch, _, _ = attempt.partition("-")
+    return int(epoch) if epoch.isdecimal() else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Strike:
     """The death of a worker that its rows may be to blame for; written down once for each death.

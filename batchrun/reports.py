@@ -24,8 +24,9 @@ class FailedLease:
 class RunningLease:
     """What is finished of a lease that goes on.
 
-    ``known`` came from the journal; the rest was generated under this lease: ``saved`` is in the
-    journal by now, ``unsaved`` would be lost with the worker.
+    ``known`` came from the journal, and ``handed_over`` of it was generated under the epoch of this
+    lease, by whoever had the rows before; the rest was generated under this lease: ``saved`` is in
+    the journal by now, ``unsaved`` would be lost with the worker.
     """
 
     attempt: str
@@ -33,6 +34,7 @@ class RunningLease:
     known: Counts
     saved: Counts
     unsaved: Counts
+    handed_over: Counts = field(default_factory=Counts)
 
     @property
     def fresh(self) -> Counts:
@@ -48,12 +50,14 @@ class RunningLease:
 @dataclass(frozen=True, slots=True)
 class FinishedLease:
     """A lease that ended: with its part in place when it is whole, else with its rows in the
-    journal. ``counts`` are those of all its rows, ``fresh`` of those generated under it."""
+    journal. ``counts`` are those of all its rows, ``fresh`` of those generated under it,
+    ``handed_over`` of those that others generated under its epoch."""
 
     lease: Lease
     part: Part | None
     counts: Counts
     fresh: Counts
+    handed_over: Counts = field(default_factory=Counts)
 
 
 @dataclass(frozen=True, slots=True)

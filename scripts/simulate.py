@@ -2,6 +2,7 @@
 
     python scripts/simulate.py fleet       100,000 shards, 1,000 workers, 5 % of them lost an hour
     python scripts/simulate.py protocol    random schedules with faults of every kind
+    python scripts/simulate.py retries     the same around retries of a finished run
     python scripts/simulate.py mutants     the same with each rule taken away in turn
     python scripts/simulate.py             all of it
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.simulation.fleet import Fleet, FleetPlan
 from tests.simulation.protocol import RULES, Simulation, Violation, first_violation
+from tests.simulation.retries import RETRY_RULES, RetrySimulation
 
 
 def fleet(num_shards: int, num_workers: int, seed: int) -> bool:
@@ -52,15 +54,15 @@ def fleet(num_shards: int, num_workers: int, seed: int) -> bool:
     )
 
 
-def protocol(seeds: range) -> bool:
-    """Print what happened in so many schedules; whether all promises held."""
+def protocol(seeds: range, name: str, kind: type[Simulation]) -> bool:
+    """Print what happened in so many schedules of a kind; whether all promises held."""
     began = time.monotonic()
     seen: Counter[str] = Counter()
     broken: Counter[str] = Counter()
     first: dict[str, int] = {}
     tokens = again = 0
     for seed in seeds:
-        simulation = Simulation(seed)
+        simulation = kind(seed)
         try:
             simulation.run()
         except Violation as violation:
@@ -70,7 +72,7 @@ def protocol(seeds: range) -> bool:
         tokens += simulation.tokens
         again += simulation.tokens_again
     print(
-        f"protocol: {len(seeds):,} schedules, {sum(broken.values())} of them broken, "
+        f"{name}: {len(seeds):,} schedules, {sum(broken.values())} of them broken, "
         f"{time.monotonic() - began:.0f} s\n"
         f"  faults       {', '.join(f'{what} {count:,}' for what, count in seen.most_common())}\n"
         f"  tokens       {tokens:,}, {100 * again / max(1, tokens):.1f} % sampled again"
@@ -83,8 +85,10 @@ def protocol(seeds: range) -> bool:
 def mutants(seeds: range) -> bool:
     """Print how soon the absence of each rule shows; whether it does for all."""
     good = True
-    for rule, meaning in RULES.items():
-        found = first_violation(seeds, rule)
+    kinds = [(rule, Simulation) for rule in RULES] + [(r, RetrySimulation) for r in RETRY_RULES]
+    for rule, kind in kinds:
+        meaning = (RULES if kind is Simulation else RETRY_RULES)[rule]
+        found = first_violation(seeds, rule, kind)
         good &= found is not None
         what = "UNNOTICED" if found is None else f"seed {found[0]}: {found[1]}"
         print(f"without {rule + ':':13s} ({meaning}) {what}")
@@ -95,19 +99,21 @@ def main() -> int:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "what", nargs="?", default="all", choices=["all", "fleet", "protocol", "mutants"]
+        "what", nargs="?", default="all", choices=["all", "fleet", "protocol", "retries", "mutants"]
     )
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--seeds", type=int, default=2_000, help="schedules of the protocol")
+    parser.add_argument("--seeds", type=int, default=2_000, help="schedules of each kind")
     arguments = parser.parse_args()
     good = True
     if arguments.what in ("all", "fleet"):
         good &= fleet(arguments.shards, arguments.workers, arguments.seed)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     if arguments.what in ("all", "protocol"):
-        good &= protocol(seeds)
+        good &= protocol(seeds, "protocol", Simulation)
+    if arguments.what in ("all", "retries"):
+        good &= protocol(seeds, "retries", RetrySimulation)
     if arguments.what in ("all", "mutants"):
         good &= mutants(seeds)
     return 0 if good else 1

@@ -622,7 +622,8 @@ class _Driver:
         if new or failed > counted.failed_rows:
             self._metrics.set(LAST_PROGRESS, time.time())
         self._counted = Counts(rows=done + failed, failed_rows=failed)
-        discarded = self._tally.discarded_tokens
+        # Tokens that were taken for lost may turn up in the journal.
+        discarded = max(self._tally.discarded_tokens, self._counted_discarded)
         self._metrics.add(TOKENS_DISCARDED, discarded - self._counted_discarded)
         self._counted_discarded = discarded
         self._metrics.set(ROWS_LEFT, progress.left_rows)

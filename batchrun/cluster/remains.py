@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import os
 import signal
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from batchrun.data.flight import FlightFile, read_flight
 
 _PREFIX = "batchrun-worker-"
-_OLD_S = 24 * 3600.0  # whoever wants to know has asked by then
+_KEPT_S = 600.0  # after a death: whoever wants to know has asked by then
 _DUMP_S = 3.0
 _POLL_S = 0.05
 _MAX_STACK_BYTES = 8192
@@ -41,7 +42,9 @@ class Remains:
 
 
 class Estate:
-    """The remains of this process, while it lives."""
+    """The remains of this process, while it lives. A lock on them tells the living from the dead:
+    they are kept for ten minutes after a death, or until somebody has looked, and then removed by
+    the next worker that starts on this machine."""
 
     def __init__(self, max_rows: int) -> None:
         """Room for ``max_rows`` rows in flight. The signal SIGUSR1 dumps the stacks of all threads
@@ -49,6 +52,8 @@ class Estate:
         base = Path(tempfile.gettempdir())
         _sweep(base)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        self._lock = os.open(_lock(folder), os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.flight = FlightFile(_flight(folder), max_rows)
         self._stacks = _stacks(folder).open("w")
         faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
@@ -100,6 +105,10 @@ def _stacks(folder: Path) -> Path:
     return folder / "stacks"
 
 
+def _lock(folder: Path) -> Path:
+    return folder / "lock"
+
+
 def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -108,12 +117,32 @@ def _remove(folder: Path) -> None:
 
 
 def _sweep(base: Path) -> None:
-    """Remove what nobody has asked for in a long time."""
-    now = time.time()
+    """Remove what the dead left and nobody has asked for. Nobody knows when a death was: who finds
+    it first leaves a mark, and the time counts from there."""
     for folder in base.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if now - _flight(folder).stat().st_mtime > _OLD_S:
+        mark = folder / "dead"
+        with contextlib.suppress(OSError):  # of another user, or swept by somebody else just now
+            if _is_owned(folder):
+                mark.unlink(missing_ok=True)
+            elif not mark.exists():
+                mark.touch()
+            elif time.time() - mark.stat().st_mtime > _KEPT_S:
                 _remove(folder)
+
+
+def _is_owned(folder: Path) -> bool:
+    """Whether the process that made the folder lives."""
+    try:
+        handle = os.open(_lock(folder), os.O_RDWR)
+    except FileNotFoundError:
+        return False  # it is just being made, or being removed
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _state(pid: int) -> str:

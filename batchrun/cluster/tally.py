@@ -61,9 +61,11 @@ class Tally:
     _workers: dict[str, _Worker] = field(default_factory=dict)
     _running: dict[str, tuple[str, RunningLease]] = field(default_factory=dict)  # by attempt
     _journaled: dict[int, Counts] = field(default_factory=dict)  # of shards without a part
-    _generated: Counts = field(default_factory=Counts)  # under leases that have ended
+    _generated: Counts = field(default_factory=Counts)  # of shards that this submit published
+    _ended: dict[int, Counts] = field(default_factory=dict)  # of others, under ended leases
     _given_up: set[str] = field(default_factory=set)  # attempts
     _lost_tokens: int = 0
+    _recovered_tokens: int = 0  # that no report of their worker spoke of
     _published: Counts = field(init=False)
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
 
@@ -74,8 +76,10 @@ class Tally:
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens that all workers have sampled, dead ones too."""
-        return sum(worker.sampled_tokens for worker in self._workers.values())
+        """Tokens that all workers have sampled, dead ones too; of what a killed one sampled after
+        its last report, those of rows that the journal has."""
+        reported = sum(worker.sampled_tokens for worker in self._workers.values())
+        return reported + self._recovered_tokens
 
     @property
     def prefix_tokens(self) -> int:
@@ -106,8 +110,11 @@ class Tally:
                 continue  # its worker does not know yet
             self._running[state.attempt] = (worker, state)
             known = self._journaled.get(state.shard, Counts())
-            if state.shard not in self.published and state.known.rows > known.rows:
+            if state.shard in self.published:
+                continue
+            if state.known.rows > known.rows:
                 self._journaled[state.shard] = state.known  # by workers of an earlier submit
+            self._hand_over(state.shard, state.handed_over)
 
     def end(self, finished: FinishedLease) -> None:
         """A lease ended with all its rows."""
@@ -115,10 +122,13 @@ class Tally:
         number = finished.lease.shard.number
         if number in self.published:
             return  # by another lease
-        self._generated += finished.fresh
+        self._hand_over(number, finished.handed_over)
         if finished.part is None:
-            self._journal(number, finished.fresh)
+            self._end(number, finished.fresh)
             return
+        # The lease was answerable for all rows: whatever was thought before, this is so.
+        self._ended.pop(number, None)
+        self._generated += finished.fresh + finished.handed_over
         self.published[number] = finished.part.counts
         self._published += finished.part.counts
         self._journaled.pop(number, None)
@@ -128,8 +138,7 @@ class Tally:
         """A lease was given back; what it made is in the journal."""
         _, state = self._running.pop(returned.attempt, ("", None))
         if state is not None:
-            self._generated += returned.fresh
-            self._journal(state.shard, returned.fresh)
+            self._end(state.shard, returned.fresh)
 
     def give_up(self, attempt: str) -> None:
         """A lease ended for nothing: its shard failed, or another was first."""
@@ -149,10 +158,25 @@ class Tally:
             own.unsaved_tokens = 0
         for attempt in [key for key, (owner, _) in self._running.items() if owner == worker]:
             _, state = self._running.pop(attempt)
-            self._generated += state.saved
-            self._journal(state.shard, state.saved)
+            self._end(state.shard, state.saved)
 
-    def _journal(self, shard: int, counts: Counts) -> None:
+    def _hand_over(self, shard: int, found: Counts) -> None:
+        """Rows that the journal of a shard was found to have of this submit: more than is known
+        where a killed worker made some safe after its last report."""
+        known = self._ended.get(shard, Counts())
+        if found.rows <= known.rows:
+            return
+        self._ended[shard] = found
+        tokens = max(0, _num_tokens(found) - _num_tokens(known))
+        # Of these the worker may have spoken as not safe yet: then they were taken for lost.
+        taken_for_lost = min(tokens, self._lost_tokens)
+        self._lost_tokens -= taken_for_lost
+        self._recovered_tokens += tokens - taken_for_lost
+
+    def _end(self, shard: int, counts: Counts) -> None:
+        """Rows of a shard without a part were generated and are in the journal."""
+        if shard not in self.published:
+            self._ended[shard] = self._ended.get(shard, Counts()) + counts
         if shard not in self.published and shard not in self.failed:
             self._journaled[shard] = self._journaled.get(shard, Counts()) + counts
 
@@ -167,8 +191,9 @@ class Tally:
         return total
 
     def generated(self) -> Counts:
-        """What the workers of this submit have finished."""
-        return sum((state.fresh for _, state in self._running.values()), self._generated)
+        """What the workers of this submit have finished: exact for shards that are published."""
+        total = sum(self._ended.values(), self._generated)
+        return sum((state.fresh for _, state in self._running.values()), total)
 
     def progress(self, now: float, started: float, workers: Mapping[str, int]) -> Progress:
         """The progress at ``now``; rates are over the last half minute."""
@@ -195,3 +220,7 @@ class Tally:
             tokens_per_s=tokens_per_s,
             eta_s=left / rows_per_s if rows_per_s and left else (0.0 if not left else None),
         )
+
+
+def _num_tokens(counts: Counts) -> int:
+    return counts.reasoning_tokens + counts.completion_tokens

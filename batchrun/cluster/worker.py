@@ -190,9 +190,11 @@ class Worker:
         settings, output = self._settings, self._settings.job.output
         store = Store.open(output.path, output.storage_options)
         n = settings.part_format.n
+        directory = RunDirectory(store, settings.run, n=n)
+        directory.check_stands(lease.epoch)
         if settings.retry is not None:
             return stage_part(store, settings.run, settings.retry, part_file, lease, n)
-        return RunDirectory(store, settings.run, n=n).publish(part_file, lease)
+        return directory.publish(part_file, lease)
 
     def _known(self, lease: Lease) -> Iterator[Generated | None]:
         """What another run generated for the samples of a lease."""

@@ -24,12 +24,16 @@ _SIZES = struct.Struct("<II")
 _DIGEST_BYTES = 16
 _HEAD_BYTES = len(_MARKER) + _SIZES.size + _DIGEST_BYTES
 _BLOCK_BYTES = 256 << 10  # of lines, before compression
-_MAX_BLOCK_BYTES = 32 << 20
+MAX_LINE_BYTES = 32 << 20
+"""The longest line: what a reader takes of memory for one block."""
 _MAX_HEADER_BYTES = 4 << 10
 
 
 def to_bytes(header: Mapping[str, object], lines: Iterable[bytes]) -> bytes:
-    """An object of these lines, which hold no newline. Longer than 32 MiB, a line is left out."""
+    """An object of these lines, which hold no newline and at most :data:`MAX_LINE_BYTES` each.
+
+    Raises ValueError for a longer line or a header of more than 4 KiB.
+    """
     first = json.dumps(header, sort_keys=True).encode() + b"\n"
     if len(first) > _MAX_HEADER_BYTES:
         raise ValueError(f"the header has {len(first)} bytes")
@@ -37,8 +41,8 @@ def to_bytes(header: Mapping[str, object], lines: Iterable[bytes]) -> bytes:
     waiting: list[bytes] = []
     num_bytes = 0
     for line in lines:
-        if len(line) > _MAX_BLOCK_BYTES:
-            continue
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"a line has {len(line)} bytes")
         if waiting and num_bytes + len(line) + 1 > _BLOCK_BYTES:
             pieces.append(_block(first, waiting))
             waiting, num_bytes = [], 0
@@ -91,7 +95,7 @@ def _read_block(first: bytes, data: bytes, place: int) -> tuple[list[bytes], int
     sizes = head[len(_MARKER) : len(_MARKER) + _SIZES.size]
     raw_bytes, packed_bytes = _SIZES.unpack(sizes)
     end = place + _HEAD_BYTES + packed_bytes
-    if end > len(data) or raw_bytes > _MAX_BLOCK_BYTES + 1:
+    if end > len(data) or raw_bytes > MAX_LINE_BYTES:
         return None
     packed = data[place + _HEAD_BYTES : end]
     if _digest(first, sizes, packed) != head[-_DIGEST_BYTES:]:

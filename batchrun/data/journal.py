@@ -13,18 +13,19 @@ import re
 import tempfile
 import uuid
 import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from batchrun.data.blocks import read_header, read_lines, to_bytes
+from batchrun.data.blocks import MAX_LINE_BYTES, read_header, read_lines, to_bytes
 from batchrun.data.entries import Running, read_entry, write_finished, write_running
 from batchrun.data.layout import journal_folder, shard_digest
 from batchrun.data.store import ObjectInfo, Store
 from batchrun.errors import StorageError
-from batchrun.records import Completion, Generated, Lease, Shard
+from batchrun.records import Completion, Generated, Lease, Shard, attempt_epoch
 
 __all__ = ["Journal", "JournalWriter", "Running", "delete_journal", "read_journal"]
 
@@ -51,13 +52,25 @@ class JournalWriter:
         """Make these durable; returns when they are.
 
         Raises StorageError when that is not known. The next call may then bring the same again:
-        whatever arrived twice counts once.
+        whatever arrived twice counts once. A sample of more than 32 MiB is left out with a
+        warning: should its worker die before the part stands, it is generated again.
         """
-        lines = [write_finished(item) for item in finished]
-        lines += [write_running(item) for item in running]
+        lines: list[tuple[Completion | Running, bytes]]
+        lines = [(item, write_finished(item)) for item in finished]
+        lines += [(item, write_running(item)) for item in running]
         group: list[bytes] = []
         num_bytes = 0
-        for line in lines:
+        for item, line in lines:
+            if len(line) > MAX_LINE_BYTES:
+                _log.warning(
+                    "shard %s: sample %d of row %d has %d bytes, more than a journal holds; it is "
+                    "not safe before the shard's part is",
+                    self._lease.shard.name,
+                    item.sample,
+                    item.ordinal,
+                    len(line),
+                )
+                continue
             if group and num_bytes + len(line) > _MAX_LINES_BYTES:
                 self._put(group)
                 group, num_bytes = [], 0
@@ -90,12 +103,14 @@ class Journal:
     """What the journal of a shard holds, by (ordinal, sample).
 
     ``finished`` are whole samples; they wait on local disk and are read when they are asked for.
-    ``running`` is what was sampled so far of others. ``num_damaged`` counts what could not be
-    read: a damaged object, block or record is one each.
+    ``running`` is what was sampled so far of others. ``epochs`` has for each row of the shard the
+    latest epoch under which a sample of it was finished, 0 where that was before the journal.
+    ``num_damaged`` counts what could not be read: a damaged object, block or record is one each.
     """
 
     finished: Mapping[tuple[int, int], Completion] = field(default_factory=dict)
     running: Mapping[tuple[int, int], Generated] = field(default_factory=dict)
+    epochs: Sequence[int] = ()
     num_damaged: int = 0
 
 
@@ -133,14 +148,23 @@ def read_journal(
     return journal
 
 
-def delete_journal(store: Store, run: str, shards: Iterable[int] | None = None) -> int:
-    """Delete the journals of these shards, or of all; the number of objects deleted."""
+def delete_journal(
+    store: Store,
+    run: str,
+    shards: Iterable[int] | None = None,
+    *,
+    spare: Iterable[int] = (),
+) -> int:
+    """Delete the journals of these shards, or of all but ``spare``; the number of objects
+    deleted."""
     folders = (
         [journal_folder(run)]
         if shards is None
         else [journal_folder(run, number) for number in shards]
     )
-    paths = [item.path for folder in folders for item in store.list(folder)]
+    spared = tuple(f"{journal_folder(run, number)}/" for number in spare)
+    found = (item.path for folder in folders for item in store.list(folder))
+    paths = [path for path in found if not path.startswith(spared)]
     if paths:
         store.delete(paths)
     return len(paths)
@@ -173,13 +197,14 @@ class _Merge:
         self._num_rows = shard.num_rows
         self._n = n
         self._finished = _Finished(shard.num_rows, n)
+        self._epochs = array("q", bytes(8 * shard.num_rows))
         self._chains: dict[str, dict[tuple[int, int], Generated]] = {}
         self._broken: set[tuple[str, int, int]] = set()
         self._num_damaged = 0
 
     def keep(self, completion: Completion) -> None:
         """A finished sample that counts before all that comes."""
-        self._finished.add(completion.ordinal, completion.sample, write_finished(completion))
+        self._finish(completion, write_finished(completion), 0)
 
     def add(self, attempt: str, data: bytes, expected: Mapping[str, object]) -> None:
         """The next object of ``attempt``."""
@@ -192,7 +217,7 @@ class _Merge:
                 self._num_damaged += 1
             elif isinstance(entry, Completion):
                 assert line is not None
-                self._finished.add(entry.ordinal, entry.sample, line)
+                self._finish(entry, line, attempt_epoch(attempt))
             else:
                 self._extend(attempt, entry)
 
@@ -206,24 +231,34 @@ class _Merge:
                 if chain.token_ids and is_longer and key not in self._finished:
                     longest[key] = chain
         self._finished.seal()
-        return Journal(self._finished, longest, self._num_damaged)
+        return Journal(self._finished, longest, self._epochs, self._num_damaged)
+
+    def _finish(self, completion: Completion, line: bytes, epoch: int) -> None:
+        if self._finished.add(completion.ordinal, completion.sample, line):
+            self._epochs[completion.ordinal] = max(self._epochs[completion.ordinal], epoch)
 
     def _is_in_shard(self, entry: Completion | Running) -> bool:
         return entry.ordinal < self._num_rows and entry.sample < self._n
 
     def _extend(self, attempt: str, entry: Running) -> None:
-        """Append what an attempt says it sampled on, unless something before it is missing."""
+        """Append what an attempt says it sampled on, unless something before it is missing; what
+        it sampled from the beginning again takes the place of what it had."""
         key = (entry.ordinal, entry.sample)
         chains = self._chains.setdefault(attempt, {})
         chain = chains.get(key, Generated((), None if entry.generated.logprobs is None else ()))
-        if (attempt, *key) in self._broken:
+        if (attempt, *key) in self._broken and entry.at:
             return
         known, told = chain.token_ids, entry.generated.token_ids
         shared = len(known) - entry.at
         agrees = shared >= 0 and known[entry.at :][: len(told)] == told[:shared]
         if not agrees or (chain.logprobs is None) != (entry.generated.logprobs is None):
-            # What comes after a gap has no place; what contradicts is not to be trusted.
-            self._broken.add((attempt, *key))
+            if entry.at:
+                # What comes after a gap has no place; what contradicts is not to be trusted.
+                self._broken.add((attempt, *key))
+            else:
+                # The engine failed on the sample, and the attempt began it anew.
+                self._broken.discard((attempt, *key))
+                chains[key] = entry.generated
             return
         if len(told) <= shared:
             return  # it arrived twice
@@ -251,11 +286,11 @@ class _Finished(Mapping[tuple[int, int], Completion]):
         self._file = tempfile.TemporaryFile(prefix="batchrun-journal-")  # noqa: SIM115
         weakref.finalize(self, self._file.close)
 
-    def add(self, ordinal: int, sample: int, line: bytes) -> None:
-        """Keep the line of a sample, unless one is there."""
+    def add(self, ordinal: int, sample: int, line: bytes) -> bool:
+        """Keep the line of a sample, unless one is there: then False."""
         place = ordinal * self._n + sample
         if self._starts[place] >= 0:
-            return
+            return False
         try:
             self._file.write(line)
         except OSError as error:
@@ -263,6 +298,7 @@ class _Finished(Mapping[tuple[int, int], Completion]):
         self._starts[place], self._lengths[place] = self._end, len(line)
         self._end += len(line)
         self._len += 1
+        return True
 
     def seal(self) -> None:
         """Nothing more comes; from here on any thread may read."""

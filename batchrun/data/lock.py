@@ -158,9 +158,15 @@ class RunLock:
             self._watch(seen)
         seen_epoch = 0 if seen is None else seen.epoch
         self._claim(seen_epoch)
-        if self._someone_is_between(seen_epoch):
+        if seen is None:
+            # Two jobs that begin in one empty output count their epochs apart: the first lock is
+            # create-only, and whoever made it has the output.
+            if not self._store.put_if_absent(LOCK, self._state.to_bytes(), uuid.uuid4().hex):
+                raise _held(self._store, None)
+        elif self._someone_is_between(seen_epoch):
             raise _held(self._store, None)  # who wrote the lock while the number was taken
-        self._store.put(LOCK, self._state.to_bytes())
+        else:
+            self._store.put(LOCK, self._state.to_bytes())
         clear_cancel(self._store, self._run)
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()

@@ -9,6 +9,8 @@
 
 A copy is one step of the store, so a reader sees the old part or the new one. Whoever opens the
 run next finishes what was cut off: while a staged part with a record is there, step 3 is repeated.
+So a part has been replaced when its record is there and the staged part is not. Only what the
+newest plan asked for takes a place; what workers of older retries still stage is swept.
 """
 
 from __future__ import annotations
@@ -104,14 +106,13 @@ def begin_retry(
         left = {
             number: rows
             for number, rows in latest.rows.items()
-            if (number, last) not in recorded and number in parts
+            if (number, last) not in recorded - staged and number in parts
         }
         if left and latest.kinds == chosen:
             return replace(latest, rows=left, replaces={number: parts[number] for number in left})
     rows = find_failed(store, parts.values(), chosen, n)
     if not rows:
         return Retry(0, chosen, {})
-    store.delete([staged_path(run, *key) for key in staged])
     # What is in the journal of a published shard is what it was published from.
     delete_journal(store, run, rows)
     if ErrorKind.WORKER_LOST in chosen:
@@ -123,7 +124,24 @@ def begin_retry(
     path = retry_plan_path(run, last + 1)
     if not store.put_if_absent(path, json.dumps(plan, indent=1).encode(), uuid.uuid4().hex):
         raise OutputError(f"output: {store.url}/{path} was made by another retry", "try again")
+    # Not before: without the plan a part that was staged meanwhile is still to take its place.
+    store.delete([staged_path(run, *key) for key in staged])
     return Retry(last + 1, chosen, rows, {number: parts[number] for number in rows})
+
+
+def unfinished_shards(store: Store, run: str) -> frozenset[int]:
+    """The shards with rows that the newest retry has still to try: it goes on with their journals.
+
+    A plan that is damaged holds none, as no retry can go on with it. Only reads.
+    """
+    last, staged, recorded = _look(store, run)
+    if not last:
+        return frozenset()
+    try:
+        planned = _read_plan(store, run, last).rows
+    except OutputError:
+        return frozenset()
+    return frozenset(number for number in planned if (number, last) not in recorded - staged)
 
 
 def find_failed(
@@ -217,15 +235,10 @@ def apply_staged(store: Store, run: str, shard: int, number: int) -> Part:
 
 def recover(store: Store, run: str) -> int:
     """Finish what retries left half done; how many parts that were. For whoever opens the run."""
-    _, staged, recorded = _look(store, run)
-    done = [key for key in sorted(staged, key=lambda key: key[::-1]) if key in recorded]
-    latest: dict[int, int] = {}
-    for shard, number in recorded:
-        latest[shard] = max(number, latest.get(shard, 0))
-    # A worker that was given up may come late, when a later retry has been there.
-    late = [key for key in done if key[1] < latest[key[0]]]
-    store.delete([staged_path(run, *key) for key in late])
-    done = [key for key in done if key not in late]
+    last, staged, recorded = _look(store, run)
+    # A worker that was given up may come late, when the next retry is under way.
+    store.delete([staged_path(run, *key) for key in staged if key[1] < last])
+    done = sorted(key for key in staged & recorded if key[1] == last)
     for shard, number in done:
         apply_staged(store, run, shard, number)
     return len(done)

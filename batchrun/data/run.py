@@ -17,6 +17,7 @@ from batchrun.data.layout import (
     PART_NAME,
     SUCCESS,
     commit_path,
+    epoch_path,
     failed_path,
     part_name,
     run_folder,
@@ -40,11 +41,17 @@ from batchrun.data.plan import (
     moved,
     read_plan,
 )
-from batchrun.data.retry import Retry, begin_retry, recover
+from batchrun.data.retry import Retry, begin_retry, recover, unfinished_shards
 from batchrun.data.schema import InputSchema
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFile, PartFormat
-from batchrun.errors import BatchrunError, OutputError, OutputHeldError, ShardError
+from batchrun.errors import (
+    BatchrunError,
+    OutputError,
+    OutputHeldError,
+    ShardError,
+    StorageError,
+)
 from batchrun.records import Counts, ErrorKind, Lease, Part, Shard
 
 _RECORD_THREADS = 16
@@ -79,6 +86,21 @@ class RunDirectory:
         self.store = store
         self.run = run
         self._n = n
+
+    def check_stands(self, epoch: int) -> None:
+        """Raise StorageError when the run was discarded since the driver of ``epoch`` began it.
+
+        For a worker that publishes, just before it does: one that nobody could end (its machine was
+        out of reach) leaves no part in an output that others took for empty. What it has sent
+        already when the run is discarded may still arrive: a part under a name of the old run,
+        which ``verify`` tells of.
+        """
+        if self.store.info(epoch_path(self.run, epoch)) is None:
+            raise StorageError(
+                f"output: the run of this worker is no longer in {self.store.url}: it was "
+                "discarded, or deleted by hand",
+                "submit again to begin anew",
+            )
 
     def publish(self, part_file: PartFile, lease: Lease) -> Part:
         """Put a finished part in its place, once, and record the commit.
@@ -236,7 +258,8 @@ class RunDirectory:
     ) -> Counts:
         """Write the manifest, and ``_SUCCESS`` if all went well; the sums over all parts.
 
-        Truth is the listing. The journal goes with a success. Raises when a shard that did not
+        Truth is the listing. The journal goes with a success, but for shards that a retry was cut
+        off at. Raises when a shard that did not
         fail has no part. May be called again: equal content is not written twice.
         """
         parts = self.committed(shards, known, failed)
@@ -261,8 +284,8 @@ class RunDirectory:
         }
         name = self._write_manifest(manifest)
         if success:
-            # Every row is in a part.
-            delete_journal(self.store, self.run)
+            # Every row is in a part; what a retry that was cut off has tried is nowhere else.
+            delete_journal(self.store, self.run, spare=unfinished_shards(self.store, self.run))
         if success and self.store.info(SUCCESS) is None:
             summary: dict[str, object] = {
                 "run_id": self.run,

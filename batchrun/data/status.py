@@ -129,8 +129,9 @@ def _count_journals(store: Store, run: str, shards: Sequence[Shard]) -> Counts:
 def discard(store: Store) -> int:
     """Delete the run's parts and bookkeeping; the number of objects deleted.
 
-    Only names that a run gives are touched, ``_SUCCESS`` first and the bookkeeping last, so that
-    a discard that was cut off can be repeated. Raises OutputHeldError while the run is live,
+    Only names that a run gives are touched: ``_SUCCESS`` first, then what lets workers publish
+    (:meth:`~batchrun.data.run.RunDirectory.check_stands`), and the bookkeeping last, so that a
+    discard that was cut off can be repeated. Raises OutputHeldError while the run is live,
     OutputError when there is no run.
     """
     bookkeeping = [item.path for item in store.list(FOLDER)]
@@ -138,12 +139,16 @@ def discard(store: Store) -> int:
         raise OutputError(f"output: {store.url} holds no run of batchrun", "check the path")
     if is_live(store):
         raise OutputHeldError(f"the run in {store.url} is live", "stop it first")
-    parts = [item.path for item in store.list(recursive=False) if PART_NAME.fullmatch(item.path)]
     store.delete([SUCCESS])
+    # From here on no worker publishes any more; what one has sent before is listed after it.
+    fences = [path for path in bookkeeping if "/epochs/" in path]
+    store.delete(fences)
+    bookkeeping = [item.path for item in store.list(FOLDER)]
+    parts = [item.path for item in store.list(recursive=False) if PART_NAME.fullmatch(item.path)]
     store.delete(parts)
     # The job's record goes last: while it is there, the output is known as a run's.
     last = [path for path in bookkeeping if path.endswith("/job.json") or path == LOCK]
     store.delete([path for path in bookkeeping if path not in last])
     store.delete(last)
     store.sweep()
-    return len(parts) + len(bookkeeping)
+    return len(parts) + len(fences) + len(bookkeeping)

@@ -167,9 +167,11 @@ def test_a_big_shard_feeds_two_workers_and_outlives_one(big: Work) -> None:
     assert (summary.exit_code, summary.restarts) == (0, 1)
     assert big.rows("ranges") == big.rows()
     assert big.parts("ranges") == big.parts()
-    # Of what it did in its last second, kept or lost, nobody told; that is far from a whole shard.
     total = summary.counts.reasoning_tokens + summary.counts.completion_tokens
     assert total == 64 * (NUM_ROWS + 2)
+    # Rows that it made safe after its last report are counted, though it told nobody.
+    assert (summary.generated_rows, summary.generated_tokens) == (NUM_ROWS + 2, total)
+    # What it did in its last second and did not finish is far from a whole shard.
     assert abs(summary.sampled_tokens - total) < total / 3
     store = store_of(big, "ranges")
     assert store.list(journal_folder(summary.run_id)) == ()

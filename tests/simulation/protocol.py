@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from batchrun.coordinator import (
     WorkerReady,
 )
 from batchrun.records import Counts, Lease, Part, Shard, Strike
+from batchrun.rows import Rows
 
 RULES = {
     "uncond": "a part is put only where none is",
@@ -79,6 +80,11 @@ def following(tokens: tuple[int, ...], tie: int) -> int:
     return (before * 31 + 7 * tie + 1) % 1_000_003
 
 
+def part_key(shard: Shard) -> str:
+    """The name of a shard's part."""
+    return f"part/{shard.number}-{shard.path}-{shard.fingerprint}"
+
+
 def is_text(tokens: tuple[int, ...]) -> bool:
     """Whether each token can follow those before it."""
     return all(
@@ -89,7 +95,10 @@ def is_text(tokens: tuple[int, ...]) -> bool:
 
 @dataclass(slots=True)
 class Open:
-    """A lease in a worker: rows to do, rows that run with their tokens, what is not saved yet."""
+    """A lease in a worker: rows to do, rows that run with their tokens, what is not saved yet.
+
+    ``retry`` is the one that the worker belongs to, if any.
+    """
 
     lease: Lease
     todo: list[int]
@@ -100,6 +109,7 @@ class Open:
     unsaved: list[tuple[int, Any]] = field(default_factory=list)
     saved: dict[int, int] = field(default_factory=dict)
     seq: int = 0
+    retry: Any = None
 
     @property
     def is_over(self) -> bool:
@@ -114,6 +124,7 @@ class Worker:
     pid: int = 0
     flight: tuple[tuple[int, int], ...] = ()
     ended: bool = False
+    retry: Any = None
 
 
 class Simulation:
@@ -222,9 +233,15 @@ class Simulation:
                 longest[ordinal] = tokens
         return first, everything, longest
 
-    def open_lease(self, lease: Lease) -> Open:
+    def known(
+        self, shard: Shard, retry: Any
+    ) -> tuple[dict[int, Any], list[tuple[int, Any]], dict[int, tuple[int, ...]]]:
+        """What is there of a shard when a lease of it begins, as :meth:`read_journal` has it."""
+        return self.read_journal(shard)
+
+    def open_lease(self, lease: Lease, retry: Any) -> Open:
         """What a lease begins with."""
-        first, everything, prefixes = self.read_journal(lease.shard)
+        first, everything, prefixes = self.known(lease.shard, retry)
         if self.without == "nojournal":
             first, everything, prefixes = {}, [], {}
         lost = {} if self.without == "keeplost" else lease.lost
@@ -233,7 +250,7 @@ class Simulation:
         finished += [(row, ("lost", lease.shard.fingerprint, ())) for row in lost]
         done = {row for row, _ in finished}
         todo = [row for row in lease.rows if row not in done]
-        return Open(lease, todo, finished if lease.whole else [], prefixes)
+        return Open(lease, todo, finished if lease.whole else [], prefixes, retry=retry)
 
     def worker(self, name: str, me: Worker, box: int) -> Process:
         """Loads, works leases off, writes journals, publishes; ends when nobody asks any more."""
@@ -253,7 +270,7 @@ class Simulation:
             while me.inbox:
                 match me.inbox.pop(0):
                     case Lease() as lease:
-                        leases.append(self.open_lease(lease))
+                        leases.append(self.open_lease(lease, me.retry))
                         self.check_journal(leases[-1])
                     case CancelLease(_, attempt):
                         leases = [item for item in leases if item.lease.attempt != attempt]
@@ -317,14 +334,18 @@ class Simulation:
             item.running[row] = tokens
             if len(tokens) >= length:
                 del item.running[row]
-                value = ("ok", item.read[row], tokens)
+                value = self.value(item, row, tokens)
                 item.unsaved.append((row, value))
                 item.finished.append((row, value))
         return False
 
+    def value(self, item: Open, row: int, tokens: tuple[int, ...]) -> Any:
+        """What a row gave: how it ended, of which input, its text."""
+        return "ok", item.read[row], tokens
+
     def check_journal(self, item: Open) -> None:
         """I6: no row that the journal has at the beginning of a lease is run in it."""
-        first, _, prefixes = self.read_journal(item.lease.shard)
+        first, _, prefixes = self.known(item.lease.shard, item.retry)
         if first.keys() & set(item.todo) - set(item.lease.lost):
             raise Violation("I6: a journaled row is generated again")
         for row in item.todo:
@@ -354,24 +375,28 @@ class Simulation:
 
     def end_lease(self, name: str, item: Open) -> Generator[None, None, Event | None]:
         """Publish, or make the journal safe; None when it has to be tried again."""
-        lease, shard = item.lease, item.lease.shard
+        lease = item.lease
         if not lease.whole:
             safe = yield from self.flush(item)
             rows = Counts(rows=len(lease.rows))
             return LeaseDone(name, lease.attempt, None, rows) if safe else None
-        key = f"part/{shard.number}-{shard.path}-{shard.fingerprint}"
+        part = yield from self.publish(item)
+        return None if part is None else LeaseDone(name, lease.attempt, part)
+
+    def publish(self, item: Open) -> Generator[None, None, Part | None]:
+        """Put a shard's part in its place; None when it has to be tried again."""
+        lease, shard = item.lease, item.lease.shard
+        key = part_key(shard)
         body = tuple(sorted(item.finished, key=lambda pair: pair[0]))
         if self.without == "unproven":
             self.requests.append(
                 {"key": key, "body": body, "token": lease.attempt, "create": True, "answer": None}
             )
-            return LeaseDone(
-                name, lease.attempt, Part(shard.number, key, "", 1, "", shard.num_rows)
-            )
+            return Part(shard.number, key, "", 1, "", shard.num_rows)
         answer = yield from self.put(key, body, lease.attempt, create=self.without != "uncond")
         part = Part(shard.number, key, lease.attempt, 1, "", shard.num_rows)
         if answer == "made":
-            return LeaseDone(name, lease.attempt, part)
+            return part
         if self.without == "cleanup":
             self.requests.append({"key": key, "delete": True})
             return None
@@ -379,7 +404,7 @@ class Simulation:
             return None
         owner = self.objects[key][1]
         self.seen["own parts found" if owner == lease.attempt else "races lost"] += 1
-        return LeaseDone(name, lease.attempt, replace(part, attempt=owner))
+        return replace(part, attempt=owner)
 
     # -- drivers ---------------------------------------------------------------------------
 
@@ -410,10 +435,25 @@ class Simulation:
             raise Violation("I2: two shards have one number")
         done = {}
         for shard in shards:
-            key = f"part/{shard.number}-{shard.path}-{shard.fingerprint}"
+            key = part_key(shard)
             if key in self.objects:
                 attempt = self.objects[key][1]
                 done[shard.number] = Part(shard.number, key, attempt, 1, "", shard.num_rows)
+        failed = yield from self.drive(shards, done, epoch, box)
+        if failed is not None:
+            yield from self.commit(shards, failed)
+
+    def drive(
+        self,
+        shards: Sequence[Shard],
+        done: Mapping[int, Part],
+        epoch: int,
+        box: int,
+        retry: Any = None,
+        todo: Mapping[int, Rows] | None = None,
+    ) -> Generator[None, None, Mapping[int, str] | None]:
+        """The coordinator's commands until the run ends: the shards that failed, if it came to its
+        end."""
         strikes = [self.objects[key][0] for key in self.listed("strike/")]
         state = RunState(
             shards,
@@ -422,8 +462,9 @@ class Simulation:
             max_workers=2,
             max_failed_rows=10**6,
             max_retries=MAX_RETRIES,
+            todo=todo,
             strikes=[] if self.without == "memstrike" else strikes,
-            canary_rows=self.random.choice([0, 0, 5]),
+            canary_rows=self.random.choice([0, 0, 5]) if retry is None else 0,
             speculate_after_s=60,
         )
         if self.without == "forget":
@@ -436,10 +477,11 @@ class Simulation:
             events.append(Tick(float(self.step)))
             while events:
                 event = events.pop(0)
+                yield from self.take_in(event, state, epoch, retry)
                 for command in state.handle(event):
                     match command:
                         case StartWorker(name):
-                            member = workers[name] = Worker()
+                            member = workers[name] = Worker(retry=retry)
                             member.pid = self.spawn(self.worker(name, member, box))
                         case StartLease(name, lease) if name in workers:
                             workers[name].inbox.append(lease)
@@ -449,14 +491,17 @@ class Simulation:
                             for member in workers.values():
                                 member.inbox.append("stop")
                             finished = OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES
-                            if outcome.kind in finished:
-                                yield from self.commit(shards, state.failed)
-                            return None
+                            return state.failed if outcome.kind in finished else None
             for name, member in list(workers.items()):
                 gone = yield from self.look_after(state, name, member)
                 if gone is not None:
                     del workers[name]
                     events.append(gone)
+
+    def take_in(self, event: Event, state: RunState, epoch: int, retry: Any) -> Process:
+        """What a driver does about a fact before the coordinator hears of it."""
+        return None
+        yield
 
     def look_after(
         self, state: RunState, name: str, member: Worker
@@ -480,7 +525,7 @@ class Simulation:
         if self.without == "noisolation":
             return replace(lost, node_lived=False)
         if self.storm and node_lived and self.chance(0.1):
-            raise _DriverDies
+            raise DriverDies
         strike = state.strike(lost)
         if strike is None:
             return lost
@@ -490,7 +535,7 @@ class Simulation:
             if (yield from self.put(f"strike/{name}", strike, "")) in ("made", "there"):
                 break
         if self.storm and self.chance(0.7):
-            raise _DriverDies
+            raise DriverDies
         return lost
 
     def commit(self, shards: list[Shard], failed: Mapping[int, str]) -> Process:
@@ -501,7 +546,7 @@ class Simulation:
                 if shard.path not in self.swapped:
                     raise Violation(f"I7: an innocent shard is given up ({failed[shard.number]})")
                 continue
-            key = f"part/{shard.number}-{shard.path}-{shard.fingerprint}"
+            key = part_key(shard)
             if key not in self.objects:
                 raise Violation("I3: a finished shard has no part")
             entries.append((key, self.objects[key][1]))
@@ -582,7 +627,7 @@ class Simulation:
             next(self.processes[pid])
         except StopIteration:
             del self.processes[pid]
-        except _DriverDies:
+        except DriverDies:
             self.seen["drivers died with a worker"] += 1
             del self.processes[pid]
 
@@ -596,10 +641,14 @@ class Simulation:
             self.inputs.append(("f9", self.random.choice([3, 30])))
             self.version["f9"] = 0
         if self.chance(0.0003):
-            path, _ = self.random.choice(self.inputs)
-            self.seen["inputs replaced"] += 1
-            self.version[path] += 1
-            self.swapped.add(path)
+            self.replace_input()
+
+    def replace_input(self) -> None:
+        """Somebody puts another file in the place of one."""
+        path, _ = self.random.choice(self.inputs)
+        self.seen["inputs replaced"] += 1
+        self.version[path] += 1
+        self.swapped.add(path)
 
     def is_finished(self) -> bool:
         """Whether a manifest covers all that was planned, or can cover it no more."""
@@ -611,7 +660,7 @@ class Simulation:
     def check(self) -> None:
         """What is published, against what was asked for."""
         for shard in self.read_plan():
-            key = f"part/{shard.number}-{shard.path}-{shard.fingerprint}"
+            key = part_key(shard)
             if key not in self.objects:
                 if shard.path not in self.swapped:
                     raise Violation("I3: a part is missing")
@@ -649,8 +698,8 @@ class Simulation:
         self.tokens_again = sum(count - 1 for count in self.generated.values())
 
 
-class _DriverDies(Exception):
-    pass
+class DriverDies(Exception):
+    """A driver ends here, whatever it was about to do."""
 
 
 def _blame_first(state: RunState, strike: Strike) -> Strike:
@@ -661,11 +710,13 @@ def _blame_first(state: RunState, strike: Strike) -> Strike:
     return guilty
 
 
-def first_violation(seeds: range, without: str = "") -> tuple[int, str] | None:
+def first_violation(
+    seeds: range, without: str = "", simulation: type[Simulation] = Simulation
+) -> tuple[int, str] | None:
     """The first of these seeds that breaks a promise, and which."""
     for seed in seeds:
         try:
-            Simulation(seed, without).run()
+            simulation(seed, without).run()
         except Violation as found:
             return seed, str(found)
     return None

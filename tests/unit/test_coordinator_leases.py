@@ -24,7 +24,7 @@ from batchrun.coordinator import (
     WorkerLost,
     WorkerReady,
 )
-from batchrun.records import Counts
+from batchrun.records import Counts, Strike
 from batchrun.rows import Rows
 from tests.unit.coordinator_run import Run, ended, part, ranges
 
@@ -86,7 +86,31 @@ def test_a_small_shard_is_not_split() -> None:
     assert [run.sizes(name) for name in run.workers] == [[90], [90]]
     run = Run([97], num_workers=2)
     run.ready(max_sequences=64)
-    assert run.sizes(run.workers[0]) == [64]
+    assert [run.sizes(name) for name in run.workers] == [[49], [48]]
+
+
+@pytest.mark.parametrize("sizes", [[120], [10] * 12, [100, 20], [2000]])
+def test_who_is_ready_first_leaves_work_for_the_others(sizes: list[int]) -> None:
+    """However many rows an engine could run at once, a worker that is counted on and comes a
+    little later finds its fair share, or an engine-full of it; nothing waits for one that never
+    comes."""
+    run = Run(sizes, num_workers=2)
+    first, second = run.workers
+    run.ready(first, max_sequences=128)
+    for _ in range(3):
+        run.handle(LeasesWanted(first, 3))
+    left = run.state.backlog.num_rows
+    assert sum(run.sizes(first)) + left == sum(sizes)
+    assert 50 <= left and (left <= 70 or sum(run.sizes(first)) >= 128)
+    run.handle(LeasesWanted(first, 0))
+    run.ready(second, max_sequences=128)
+    run.handle(LeasesWanted(second, 9))
+    assert sum(run.sizes(second)) == left
+    run = Run(sizes, num_workers=2)
+    run.ready(first, max_sequences=128)
+    while run.outcome is None:
+        run.done(first)
+    assert ended(run) == (OutcomeKind.SUCCESS, 0)
 
 
 def test_a_split_shard_is_put_together_by_who_finished_last() -> None:
@@ -407,6 +431,14 @@ def test_a_canary_survives_its_worker() -> None:
         else:
             run.done(name)
     assert ended(run) == (OutcomeKind.CANARY_FAILED, 1)
+
+
+def test_a_canary_whose_rows_were_given_up_is_over() -> None:
+    """Where earlier drivers have lost them to deaths nobody has to run them: the rest goes on."""
+    struck = [Strike(f"1-{row}", {0: Rows.of([row])}, alone=True) for row in (0, 1)]
+    run = Run([10], canary_rows=2, strikes=struck, max_retries=0, max_failed_rows=2)
+    run.ready()
+    assert run.rows("3-1") == [(0, list(range(2, 10)))]
 
 
 def test_an_unreadable_shard_fails_the_canary() -> None:

@@ -319,14 +319,16 @@ class Machine(RuleBasedStateMachine):
                 continue
             suspects = [row for group in opened.groups for row in group.rows]
             assert len(suspects) == len(set(suspects))
-            whole_out = any(state.attempts[a].grant.whole for a in mine)
+            # Whoever runs a shard as a whole has the rows that are given up with it.
+            as_whole = any(state.attempts[a].grant.whole for a in mine)
+            as_whole |= any(group.whole for group in opened.groups)
             assert opened.num_leases == len(mine)
             assert (number in backlog.queue) == bool(opened.waiting) or opened.complete
             parts = [set(opened.waiting), set(opened.held), set(suspects)]
-            parts += [set() if whole_out else set(opened.lost), leased]
+            parts += [set() if as_whole else set(opened.lost), leased]
             known = set().union(*parts)
             assert sum(len(rows) for rows in parts) == len(known)
-            assert opened.complete or whole_out or everything - known <= self.journaled[number]
+            assert opened.complete or as_whole or everything - known <= self.journaled[number]
             if opened.complete and not (mine or opened.groups or opened.waiting):
                 assert number in backlog.queue
             for ordinal in opened.lost:

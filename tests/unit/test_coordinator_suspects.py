@@ -304,6 +304,15 @@ def test_a_strike_says_what_a_later_driver_has_to_know() -> None:
     assert blind is not None and blind.blind and blind.rows == {0: Rows.all(100), 1: Rows.all(100)}
 
 
+def test_a_whole_lease_of_a_retry_covers_its_shard() -> None:
+    """Also where the shard itself is under suspicion: only some rows run, all of them are made."""
+    struck = Strike("1-1", {0: Rows.of([10])}, idle=True, alone=True, message="boom")
+    run = Run([30], todo={0: Rows.of([10])}, strikes=[struck])
+    run.ready()
+    (lease,) = run.leases["3-1"]
+    assert lease.whole and lease.alone and lease.rows == Rows.all(30)
+
+
 def test_strikes_of_earlier_drivers_give_the_state_that_they_left() -> None:
     """Each row is in the smallest group that died, and deaths alone are counted on."""
     strikes = [

@@ -265,17 +265,22 @@ def test_ranges_feed_a_part(make: MakeRun) -> None:
     before = sampled(run)
     rows_of_part, report = run.whole()
     assert rows_of_part == expected
-    assert (sampled(run) - before, report.done[0].fresh.rows) == (0, 0)
+    [done] = report.done
+    assert (sampled(run) - before, done.fresh.rows, done.handed_over) == (0, 0, done.counts)
 
 
 def test_a_range_takes_what_the_journal_has(make: MakeRun) -> None:
-    """Rows that are journaled already count as done and are not generated again."""
+    """Rows that are journaled already count as done and are not generated again; it is known which
+    of them are of an earlier driver."""
     run = make(sums(8))
-    for end in (5, 8):
+    for end, epoch, handed_over in ((3, 1, 0), (5, 2, 0), (8, 2, 2)):
         pipeline = run.pipeline()
-        pipeline.start(run.lease(Rows.of_ranges([(0, end)])))
+        lease = run.lease(Rows.of_ranges([(0, end)]))
+        attempt = lease.attempt.replace("000001-", f"{epoch:06d}-")
+        pipeline.start(replace(lease, epoch=epoch, attempt=attempt))
         [done] = run.end(pipeline)[-1].done
-        assert (done.counts.rows, done.fresh.rows) == (end, 5 if end == 5 else 3)
+        counted = (done.counts.rows, done.fresh.rows, done.handed_over.rows)
+        assert counted == (end, 2 if end == 5 else 3, handed_over)
 
 
 def test_lost_rows_are_error_rows(make: MakeRun) -> None:
@@ -325,6 +330,39 @@ def test_storage_may_fail_once(make: MakeRun) -> None:
     with pytest.raises(StorageError, match="the bucket is away"):
         run.end(pipeline)
     pipeline.close()
+
+
+def test_what_storage_refuses_of_a_lease_costs_the_others_nothing(
+    make: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that has to stop makes safe what storage takes: neither a part that cannot be
+    published nor a journal that cannot be written keeps another lease from its own, and what was
+    to be published is journaled."""
+    run = make(sums(2))
+    pipeline = run.pipeline()
+    first, second = run.lease(Rows.of([0])), run.lease(Rows.of([1]))
+    for lease in (first, second):
+        pipeline.start(lease)
+    run.steps(pipeline, 3)
+    pipeline._leases[0]._num_failed_flushes = 1
+
+    def refuse(*args: object) -> None:
+        raise StorageError("the bucket is away")
+
+    monkeypatch.setattr(pipeline._writers[first.attempt], "flush", refuse)
+    report = pipeline.finish(10.0)
+    assert [item.attempt for item in report.returned] == [first.attempt, second.attempt]
+    begun = run.journals.read(run.setup.shards[0]).running
+    assert list(begun) == [(1, 0)]
+    pipeline = run.pipeline()
+    third = run.lease()
+    pipeline.start(third)
+    monkeypatch.setattr(pipeline, "_publish", refuse)
+    while not pipeline._leases[0].has_all_rows:
+        run.steps(pipeline, 1)
+    report = pipeline.finish(10.0)
+    assert [(item.attempt, item.fresh.rows) for item in report.returned] == [(third.attempt, 2)]
+    assert len(run.journals.read(run.setup.shards[0]).finished) == 2
 
 
 def test_much_text_is_journaled_before_its_time(

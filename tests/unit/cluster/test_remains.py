@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.cluster.remains import Place, look
+from batchrun.cluster import remains as module
+from batchrun.cluster.remains import Estate, Place, look
 
 PROGRAM = """
 import sys, time
@@ -74,3 +75,24 @@ def test_another_process_of_the_same_number_is_left_alone() -> None:
     """No signal goes to a process that is not the worker."""
     place = Place("/nowhere", os.getpid(), "1")
     assert look(place, with_stacks=True).stacks == ""
+
+
+def test_what_the_dead_leave_fills_no_disk(
+    worker: tuple[subprocess.Popen[str], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that starts removes what others left that died ten minutes ago and were not asked
+    for. What is younger stays, and so does what belongs to the living, however long they live."""
+    process, place = worker
+    folder = Path(place.folder)
+    (folder / "dead").touch()
+    os.utime(folder / "dead", (0, 0))
+    monkeypatch.setattr(module.faulthandler, "register", lambda *_, **__: None)
+    Estate(1)
+    assert folder.exists(), "it lives"
+    process.kill()
+    process.wait()
+    Estate(1)
+    assert folder.exists(), "somebody may ask for it yet"
+    os.utime(folder / "dead", (0, 0))
+    own = Estate(1)
+    assert not folder.exists() and Path(own.place.folder).exists()

@@ -147,6 +147,7 @@ def test_the_first_record_of_a_sample_counts(tmp_path: Path) -> None:
         (0, 0): "early 0",
         (1, 0): "row 1, sample 0",
     }
+    assert list(found.epochs) == [1, 2, 0, 0, 0, 0]
 
 
 def test_the_longest_chain_of_one_attempt_counts(tmp_path: Path) -> None:
@@ -174,6 +175,17 @@ def test_what_follows_a_gap_is_not_taken(tmp_path: Path) -> None:
     found = read_journal(store, RUN, SHARD, N)
     assert found.running[0, 0] == Generated((0, 1))
     assert found.running[1, 0] == Generated(tuple(range(100, 107))), "whole records have no gap"
+
+
+def test_what_an_attempt_began_anew_takes_the_place_of_what_it_had(tmp_path: Path) -> None:
+    """Tokens that the engine failed on are not gone on from, nor mixed with those after them."""
+    store = Store.open(str(tmp_path))
+    writer = JournalWriter(store, RUN, lease())
+    writer.flush([], [tail(0, 0, 4)])
+    anew = Running(0, 0, 0, Generated((7, 8)))
+    writer.flush([], [anew])
+    writer.flush([], [replace(anew, at=2, generated=Generated((9,)))])
+    assert dict(read_journal(store, RUN, SHARD, N).running) == {(0, 0): Generated((7, 8, 9))}
 
 
 def test_a_flush_whose_outcome_is_unknown_is_brought_again(
@@ -426,14 +438,28 @@ def test_sizes_are_checked_before_anything_is_decompressed(
     """A bomb is not unpacked, an object that is too big not even read."""
     bomb = to_bytes({}, [b"x" * (1 << 20)])
     assert len(bomb) < 1000
-    monkeypatch.setattr(blocks, "_MAX_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(blocks, "MAX_LINE_BYTES", 1 << 16)
     assert list(read_lines(bomb)) == [None]
-    assert to_bytes({}, [b"x" * (1 << 20)]) == b"{}\n"
+    with pytest.raises(ValueError, match="1048576 bytes"):
+        to_bytes({}, [b"x" * (1 << 20)])
     store = Store.open(str(tmp_path))
     JournalWriter(store, RUN, lease()).flush([done(0)])
     monkeypatch.setattr(journal, "_MAX_OBJECT_BYTES", 10)
     found = read_journal(store, RUN, SHARD, N)
     assert (len(found.finished), found.num_damaged) == (0, 1)
+
+
+def test_a_sample_that_is_too_big_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the journal cannot hold is never left out in silence; all else is in it."""
+    monkeypatch.setattr(journal, "MAX_LINE_BYTES", 1 << 12)
+    store = Store.open(str(tmp_path))
+    big = done(1, text="x" * (1 << 12))
+    JournalWriter(store, RUN, lease()).flush([done(0), big, done(2)], [tail(3, 0, 2)])
+    found = read_journal(store, RUN, SHARD, N)
+    assert (list(found.finished), list(found.running)) == ([(0, 0), (2, 0)], [(3, 0)])
+    assert "sample 0 of row 1" in caplog.text
 
 
 def test_a_big_flush_is_several_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

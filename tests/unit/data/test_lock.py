@@ -155,6 +155,31 @@ def test_of_two_that_follow_one_wins(store: Store) -> None:
         slow.acquire()
 
 
+def test_of_two_jobs_that_begin_in_one_empty_output_one_wins(store: Store) -> None:
+    """Their runs count epochs apart; the lock itself decides, before anything is planned."""
+    clock = Clock()
+    slow = RunLock(store, "other", clock=clock, sleep=clock.sleep)
+    fast: list[RunLock] = []
+    writers = {name: getattr(store, name) for name in ("put", "put_if_absent")}
+
+    def overtaken(name: str) -> Callable[..., object]:
+        def write(path: str, *args: object) -> object:
+            if path == LOCK and not fast:
+                fast.append(lock_of(store))
+                fast[0].acquire()
+            return writers[name](path, *args)
+
+        return write
+
+    for name in writers:
+        setattr(store, name, overtaken(name))
+    with pytest.raises(OutputHeldError, match="another live run"):
+        slow.acquire()
+    seen = read_lock(store)
+    assert seen is not None and not seen.released and not fast[0].lost.is_set()
+    fast[0].release()
+
+
 def test_an_equal_number_of_another_holder_is_no_own_lock(store: Store) -> None:
     """A holder whose object was written over by another one learns it with the next beat."""
     with lock_of(store, beat_s=0.01) as lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -279,8 +280,9 @@ def test_a_retry_may_die_at_any_step(make: Callable[..., Site], after: bool) -> 
 
 
 def test_a_retry_that_was_cut_off_goes_on_from_the_journal(make: Callable[..., Site]) -> None:
-    """What it generated is not generated again; what was journaled before it began does not
-    count, and neither does the journal for a retry of other errors."""
+    """What it generated is not generated again, also when a submit has found the run finished in
+    between; what was journaled before it began does not count, and neither does the journal for a
+    retry of other errors."""
     site = make()
     run = run_id(site.semantic)
     opened = site.open()
@@ -293,6 +295,8 @@ def test_a_retry_that_was_cut_off_goes_on_from_the_journal(make: Callable[..., S
     assert site.store.list(journal_folder(run)) == ()
     mine = completion(rows[1], 1, completion="journaled by the retry")
     JournalWriter(site.store, run, replace(lease, epoch=2)).flush([mine])
+    submitted = site.open()
+    submitted.directory.finish(submitted.shards, {}, success=True)
     assert begin_retry(site.store, run, opened.parts, tuple(reversed(KINDS)), N) == retry
     restage(site.store, opened, shard, retry, "000003-000001")
     apply_staged(site.store, run, 0, retry.number)
@@ -301,6 +305,8 @@ def test_a_retry_that_was_cut_off_goes_on_from_the_journal(make: Callable[..., S
         f"first {rows[1].id}",
         "journaled by the retry",
     ]
+    opened.directory.finish(opened.shards, {}, success=True)
+    assert site.store.list(journal_folder(run)) == (), "a shard that is retried needs none"
     left = begin_retry(site.store, run, site.open().parts, KINDS, N)
     assert (left.number, list(left.rows)) == (1, [1]), "a shard that is done is done"
     other = begin_retry(site.store, run, site.open().parts, [ErrorKind.TOO_LONG], N)
@@ -320,6 +326,27 @@ def test_a_part_that_is_staged_too_late_changes_nothing(make: Callable[..., Site
     site.open()
     assert bytes_of(site) == after and verify_run(site.store).problems == ()
     assert not [x for x in site.store.list(retries_folder(run)) if x.path.endswith(".parquet")]
+
+
+def test_a_part_that_is_staged_while_the_next_retry_begins_is_not_forgotten(
+    make: Callable[..., Site],
+) -> None:
+    """A worker of a killed driver comes when the run is open again: the same retry has that part
+    still to put in its place. One of other errors gives it up when it is planned, and dies before
+    that without harm."""
+    for at in (1, 2, 3):
+        site = make(name=f"dies-{at}")
+        run = run_id(site.semantic)
+        opened = site.open()
+        retry = begin_retry(site.store, run, opened.parts, KINDS, N)
+        staged = restage(site.store, opened, opened.shards[0], retry, "000001-000009")
+        assert begin_retry(site.store, run, opened.parts, KINDS, N).rows == retry.rows
+        dying = CrashingStore(site.store, at, after=True)
+        with contextlib.suppress(Crash):
+            begin_retry(dying, run, opened.parts, [ErrorKind.TOO_LONG], N)
+        is_planned = site.store.info(f"{retries_folder(run)}/plan-0002.json") is not None
+        assert (site.open().parts[0] == staged) is not is_planned
+        assert verify_run(site.store).problems == ()
 
 
 def test_only_what_has_a_part_is_retried(tmp_path: Path) -> None:

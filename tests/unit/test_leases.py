@@ -1,0 +1,67 @@
+"""What a lease in work knows to be safe is what the journal has, and nothing else."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any, cast
+
+from batchrun.data.journal import Journal, Running
+from batchrun.data.reader import ShardReader
+from batchrun.engine.engine import RunningSample
+from batchrun.leases import OpenLease
+from batchrun.records import Completion, Generated, Lease, Shard
+from batchrun.rows import Rows
+
+SHARD = Shard(0, "in.parquet", "/in.parquet", 1, "f", (0,), 0, 2)
+
+
+@dataclass
+class Sample:
+    """A sample in the engine, with the tokens 0, 1, 2 ..."""
+
+    num_sampled: int
+    num_replayed: int = 0
+    key: tuple[str, int] = ("000001-000001", 1)
+    sample: int = 0
+
+    def after(self, start: int) -> Generated:
+        """What was sampled from ``start`` on."""
+        return Generated(tuple(range(start, self.num_sampled)))
+
+
+class Slow(Executor):
+    """Runs nothing, and ends it when it is told."""
+
+    def submit(self, _: Any, *args: Any, **__: Any) -> Future[Any]:
+        """Keep what was to be done."""
+        self.args = args
+        self.future: Future[Any] = Future()
+        return self.future
+
+
+class Nowhere:
+    """A journal that keeps what it got."""
+
+    def flush(self, finished: list[Completion], running: list[Running]) -> None:
+        """Nothing."""
+
+
+def test_what_began_anew_during_a_flush_is_not_safe_by_it() -> None:
+    """The journal has tokens that the engine failed on; the sample's new ones are unsaved, and the
+    next flush brings them from the first on."""
+    opening: Future[Journal] = Future()
+    reader = cast(ShardReader, None)
+    item = OpenLease(Lease(SHARD, 1, "000001-000001", Rows.all(2)), reader, opening, iter(()), 0.0)
+    slow = Slow()
+
+    def flush(num_sampled: int) -> None:
+        item.start_flush(Nowhere(), [cast(RunningSample, Sample(num_sampled))], slow, 0.0)
+
+    flush(8)
+    item.forget(1, 0)
+    slow.future.set_result(None)
+    item.end_flush()
+    assert item.num_saved(cast(RunningSample, Sample(3))) == 0
+    flush(3)
+    assert slow.args == ([], [Running(1, 0, 0, Generated((0, 1, 2)))])
