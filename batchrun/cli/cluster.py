@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchrun.cli.progress import duration
+from batchrun.wording import duration
 
 if TYPE_CHECKING:
     from batchrun.cluster.jobs import ClusterJob, ClusterJobs

@@ -15,9 +15,10 @@ import click
 
 from batchrun.cli import echo_error
 from batchrun.cli.options import echo_json
-from batchrun.cli.progress import ProgressView, duration
+from batchrun.cli.progress import ProgressView
 from batchrun.cli.scores import score_lines
 from batchrun.logs import log_file
+from batchrun.wording import duration
 
 if TYPE_CHECKING:
     from batchrun.cluster.summary import Retried, Summary
