@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.cli import main
-from batchrun.cluster.driver import Cluster, NoView, run_checked
+from batchrun.cluster.connection import Cluster
+from batchrun.cluster.driver import run_checked
 from batchrun.cluster.opening import CheckedJob, check
 from batchrun.cluster.summary import Summary
+from batchrun.cluster.view import NoView
 from batchrun.job import parse_job
 from batchrun.jobfile import JobSource
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import pytest
 
 import batchrun as package
-from batchrun.cluster.driver import View, run_job
+from batchrun.cluster.driver import run_job
 from batchrun.cluster.summary import Summary
 from batchrun.cluster.tally import Progress
+from batchrun.cluster.view import View
 from batchrun.data.cancel import request_cancel
 from batchrun.data.journal import read_journal
 from batchrun.data.layout import journal_folder, strikes_folder

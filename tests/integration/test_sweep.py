@@ -19,8 +19,8 @@ from batchrun.cli import main
 from batchrun.cluster import fleet
 from batchrun.cluster.budgets import parse_budgets
 from batchrun.cluster.curve import BudgetResult, Curve
-from batchrun.cluster.driver import NoView
 from batchrun.cluster.sweep import run_sweep
+from batchrun.cluster.view import NoView
 from batchrun.data.store import Store
 from batchrun.data.verify import verify_run
 from batchrun.errors import JobError, OutputError
