@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from ray.job_submission import JobSubmissionClient
@@ -58,6 +60,8 @@ def dashboard() -> Iterator[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environ = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": path}
     environ["RAY_metrics_report_interval_ms"] = "1000"  # instead of 10 s
+    # Where Ray notes which cluster of a machine its jobs belong to; others would write there too.
+    environ["RAY_TMPDIR"] = mkdtemp(prefix="ray-")
     environ.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
         [sys.executable, "-c", _CLUSTER, *map(str, ports)],
@@ -76,6 +80,7 @@ def dashboard() -> Iterator[str]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+        shutil.rmtree(environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 Start = Callable[..., Command]
