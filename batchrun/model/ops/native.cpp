@@ -12,13 +12,11 @@
 namespace {
 
 using f32 = float;
-struct bf16 {
-    uint16_t bits;
-};
+enum bf16 : uint16_t {};  // its bits; a struct's copies would not become vector code
 
 inline float load(float value) { return value; }
 inline float load(bf16 value) {
-    uint32_t bits = uint32_t(value.bits) << 16;
+    uint32_t bits = uint32_t(value) << 16;
     float out;
     memcpy(&out, &bits, 4);
     return out;
@@ -30,7 +28,7 @@ inline void store(bf16 &to, float value) {
     memcpy(&bits, &value, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
     uint32_t nan = (bits >> 16) | 0x40;
-    to.bits = uint16_t(value != value ? nan : rounded);
+    to = bf16(value != value ? nan : rounded);
 }
 
 // e^x to about the last bit of float32; NaN stays NaN.
@@ -172,6 +170,9 @@ struct Sizes {
     int64_t sequences, heads, head_size, groups, state_size, x_stride, dt_stride, bc_stride;
 };
 
+const int64_t LINE = 64;     // bytes of a line of the cache
+const int64_t AHEAD = 2048;  // bytes; what the CPU fetches ahead by itself ends with every page
+
 template <typename T, typename S>
 void ssm_update(const T *x, const T *dt, const T *B, const T *C, const float *A, const T *dt_bias,
                 const T *skip, S *state, const int64_t *slots, T *out, const Sizes &sizes,
@@ -196,6 +197,8 @@ void ssm_update(const T *x, const T *dt, const T *B, const T *C, const float *A,
         for (int64_t j = 0; j < p; j++) {
             float value = load(x_row[j]), in = step * value, y = 0;
             S *row = rows + j * n;
+            for (int64_t k = 0; k < n; k += LINE / sizeof(S))
+                __builtin_prefetch(row + AHEAD / sizeof(S) + k, 1);
 #pragma omp simd reduction(+ : y)
             for (int64_t k = 0; k < n; k++) {
                 float s = load(row[k]) * decay + in * b[k];
@@ -209,77 +212,7 @@ void ssm_update(const T *x, const T *dt, const T *B, const T *C, const float *A,
 
 const int LANES = 16;  // numbers side by side in a scan or an attention
 
-// The same token by token, for LANES channels of a head whose state stays in the cache, transposed.
-template <typename T, typename S>
-void scan(const T *x, const T *dt, const T *B, const T *C, const float *A, const T *dt_bias,
-          const T *skip, S *state, const int64_t *slots, const int64_t *starts, const bool *is_new,
-          T *out, const Sizes &sizes, int threads) {
-    const int64_t heads = sizes.heads, p = sizes.head_size, n = sizes.state_size;
-    const int64_t per_group = heads / sizes.groups, blocks = (p + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t i = 0; i < sizes.sequences * heads; i++) {
-        int64_t s = i / heads, head = i % heads;
-        float minus = A[head], through = load(skip[head]), bias = load(dt_bias[head]);
-        for (int64_t block = 0; block < blocks; block += 2) {
-            // Two blocks at a time, so that a sum need not wait for the one before.
-            float kept[SCRATCH][2 * LANES];
-            int64_t first = block * LANES;
-            int64_t width = p - first < 2 * LANES ? p - first : 2 * LANES;
-            S *rows = state + ((slots[s] * heads + head) * p + first) * n;
-            for (int64_t k = 0; k < n; k++)
-                for (int64_t j = 0; j < 2 * LANES; j++)
-                    kept[k][j] = is_new[s] || j >= width ? 0.0f : load(rows[j * n + k]);
-            for (int64_t t = starts[s]; t < starts[s + 1]; t++) {
-                float step = softplus(load(dt[t * sizes.dt_stride + head]) + bias);
-                float decay = expf(step * minus);
-                const T *B_row = B + t * sizes.bc_stride + head / per_group * n;
-                const T *C_row = C + t * sizes.bc_stride + head / per_group * n;
-                const T *x_row = x + t * sizes.x_stride + head * p + first;
-                float in[2 * LANES], y[2 * LANES], odd[2 * LANES];
-                for (int64_t j = 0; j < 2 * LANES; j++) {
-                    float value = j < width ? load(x_row[j]) : 0.0f;
-                    in[j] = step * value;
-                    y[j] = through * value;
-                    odd[j] = 0.0f;
-                }
-                int64_t k = 0;
-                for (; k + 1 < n; k += 2) {
-                    float b0 = load(B_row[k]), c0 = load(C_row[k]);
-                    float b1 = load(B_row[k + 1]), c1 = load(C_row[k + 1]);
-#pragma omp simd
-                    for (int j = 0; j < 2 * LANES; j++) {
-                        kept[k][j] = kept[k][j] * decay + in[j] * b0;
-                        y[j] += kept[k][j] * c0;
-                        kept[k + 1][j] = kept[k + 1][j] * decay + in[j] * b1;
-                        odd[j] += kept[k + 1][j] * c1;
-                    }
-                }
-                for (; k < n; k++) {
-                    float b0 = load(B_row[k]), c0 = load(C_row[k]);
-                    for (int j = 0; j < 2 * LANES; j++) {
-                        kept[k][j] = kept[k][j] * decay + in[j] * b0;
-                        y[j] += kept[k][j] * c0;
-                    }
-                }
-                T *to = out + (t * heads + head) * p + first;
-                for (int64_t j = 0; j < width; j++) store(to[j], y[j] + odd[j]);
-            }
-            for (int64_t j = 0; j < width; j++)
-                for (int64_t k = 0; k < n; k++) store(rows[j * n + k], kept[k][j]);
-        }
-    }
-}
-
-const int KEYS = 32;        // scored at a time
-const int MAX_DIM = SCRATCH / 4;
-
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-
-inline Vector exponentials(Vector x) {
-#pragma omp simd
-    for (int l = 0; l < LANES; l++) x[l] = exponential(x[l]);
-    return x;
-}
 
 template <typename T>
 inline const float *widened(const T *row, float *room, int64_t size) {
@@ -289,6 +222,99 @@ inline const float *widened(const T *row, float *room, int64_t size) {
 template <>
 inline const float *widened<float>(const float *row, float *, int64_t) {
     return row;
+}
+
+// What a token brings to the state of two vectors of channels, and what it takes from it.
+struct Token {
+    float decay;
+    Vector in[2], y[2];
+    const float *B, *C;
+};
+
+// COUNT tokens, one after the other, while each number of the state is at hand: it is read and
+// written once for all of them.
+template <int COUNT>
+inline void advance(Vector (*kept)[2], Token *tokens, int64_t n) {
+    Vector y[COUNT][2];
+    memset(y, 0, sizeof y);
+    for (int64_t k = 0; k < n; k++) {
+        Vector first = kept[k][0], second = kept[k][1];
+#pragma GCC unroll 4
+        for (int t = 0; t < COUNT; t++) {
+            const Token &token = tokens[t];
+            first = first * token.decay + token.in[0] * token.B[k];
+            second = second * token.decay + token.in[1] * token.B[k];
+            y[t][0] += first * token.C[k];
+            y[t][1] += second * token.C[k];
+        }
+        kept[k][0] = first;
+        kept[k][1] = second;
+    }
+    for (int t = 0; t < COUNT; t++)
+        for (int half = 0; half < 2; half++) tokens[t].y[half] += y[t][half];
+}
+
+// The same for many tokens of a sequence: the state of some channels of a head stays in the cache
+// meanwhile, transposed.
+template <typename T, typename S>
+void scan(const T *x, const T *dt, const T *B, const T *C, const float *A, const T *dt_bias,
+          const T *skip, S *state, const int64_t *slots, const int64_t *starts, const bool *is_new,
+          T *out, const Sizes &sizes, int threads) {
+    const int64_t heads = sizes.heads, p = sizes.head_size, n = sizes.state_size;
+    const int64_t per_group = heads / sizes.groups, pieces = (p + 2 * LANES - 1) / (2 * LANES);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+    for (int64_t i = 0; i < sizes.sequences * heads * pieces; i++) {
+        const int AT_ONCE = 4;
+        Vector kept[SCRATCH][2];
+        Token tokens[AT_ONCE];
+        float rooms[AT_ONCE][2][SCRATCH];
+        int64_t s = i / (heads * pieces), head = i / pieces % heads, end = starts[s + 1];
+        int64_t first = i % pieces * 2 * LANES;
+        int64_t width = p - first < 2 * LANES ? p - first : 2 * LANES;
+        float minus = A[head], through = load(skip[head]), bias = load(dt_bias[head]);
+        S *rows = state + ((slots[s] * heads + head) * p + first) * n;
+        memset(kept, 0, n * sizeof kept[0]);
+        float *numbers = reinterpret_cast<float *>(kept);  // [n, 2 LANES]
+        for (int64_t j = 0; j < width && !is_new[s]; j++)
+            for (int64_t k = 0; k < n; k++) numbers[k * 2 * LANES + j] = load(rows[j * n + k]);
+        for (int64_t t = starts[s]; t < end; t += AT_ONCE) {
+            int64_t count = end - t < AT_ONCE ? end - t : AT_ONCE;
+            for (int64_t u = 0; u < count; u++) {
+                Token &token = tokens[u];
+                float step = softplus(load(dt[(t + u) * sizes.dt_stride + head]) + bias);
+                token.decay = expf(step * minus);
+                int64_t place = (t + u) * sizes.bc_stride + head / per_group * n;
+                token.B = widened(B + place, rooms[u][0], n);
+                token.C = widened(C + place, rooms[u][1], n);
+                const T *x_row = x + (t + u) * sizes.x_stride + head * p + first;
+                for (int64_t j = 0; j < 2 * LANES; j++) {
+                    float value = j < width ? load(x_row[j]) : 0.0f;
+                    token.in[j / LANES][j % LANES] = step * value;
+                    token.y[j / LANES][j % LANES] = through * value;
+                }
+            }
+            if (count == AT_ONCE)
+                advance<AT_ONCE>(kept, tokens, n);
+            else
+                for (int64_t u = 0; u < count; u++) advance<1>(kept, tokens + u, n);
+            for (int64_t u = 0; u < count; u++) {
+                T *to = out + ((t + u) * heads + head) * p + first;
+                for (int64_t j = 0; j < width; j++)
+                    store(to[j], tokens[u].y[j / LANES][j % LANES]);
+            }
+        }
+        for (int64_t j = 0; j < width; j++)
+            for (int64_t k = 0; k < n; k++) store(rows[j * n + k], numbers[k * 2 * LANES + j]);
+    }
+}
+
+const int KEYS = 32;        // scored at a time
+const int MAX_DIM = SCRATCH / 4;
+
+inline Vector exponentials(Vector x) {
+#pragma omp simd
+    for (int l = 0; l < LANES; l++) x[l] = exponential(x[l]);
+    return x;
 }
 
 struct Attention {
