@@ -139,9 +139,13 @@ def test_sigterm_while_ray_starts(
     assert "submit again to resume" in err and "Traceback" not in err
 
 
-def test_death_of_the_own_ray(undisturbed: Work, batchrun: Callable[..., Command]) -> None:
+def test_death_of_the_own_ray(
+    undisturbed: Work, batchrun: Callable[..., Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the Ray that submit started dies under it, the run ends with exit code 75 and says so:
     it does not wait for workers that can never come, nor start a second Ray."""
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")  # instead of 5 s
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # instead of 3 s
     raw = disturbed_job(undisturbed, "rayless")
     raw["generation"] = LONG | {"n": 50}
     path = undisturbed.job_file("rayless", **{k: v for k, v in raw.items() if k != "output"})
