@@ -278,7 +278,12 @@ def check_graphs(setting: Setting, model: NemotronH) -> list[dict[str, Any]]:
         for state in states:
             model(prompts, state)
         graphs = DecodeGraphs(
-            model, states[0], tables, most=most, recorder=recorder_of(setting.device)
+            model,
+            states[0],
+            tables,
+            torch.zeros_like(tables[:, 0]),
+            most=most,
+            recorder=recorder_of(setting.device),
         )
         slots, token_ids = list(range(1, size + 1)), list(range(10, 10 + size))
         recorded = graphs.run(token_ids, slots, contexts[:size])
@@ -324,7 +329,12 @@ def measure_decode(
     )
     model(prompt, state)
     graphs = DecodeGraphs(
-        model, state, tables, most=plan.max_sequences, recorder=recorder_of(device)
+        model,
+        state,
+        tables,
+        torch.zeros_like(tables[:, 0]),
+        most=plan.max_sequences,
+        recorder=recorder_of(device),
     )
     context = min(context, plan.max_model_len - 1)
     steps = []

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from batchrun.engine.admission import Admission
 from batchrun.engine.blocks import Pool
 from batchrun.engine.chat import ChatTemplate
 from batchrun.engine.constraints import Constraints
 from batchrun.engine.forecast import Forecast
 from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan, plan_memory
-from batchrun.engine.model_runner import ModelRunner
+from batchrun.engine.model_runner import Drawn, ModelRunner
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.prefix import PrefixStates
@@ -24,7 +25,7 @@ from batchrun.engine.request import Output, Request, Timings
 from batchrun.engine.roofline import StepBound
 from batchrun.engine.scheduler import Scheduler, Step
 from batchrun.engine.sequence import Sequence
-from batchrun.engine.thinking import ForcedClose, Thinking
+from batchrun.engine.thinking import ForcedClose
 from batchrun.engine.threads import torch_threads
 from batchrun.engine.tokenizer import Tokenizer, load_stop_ids
 from batchrun.engine.transcript import Transcript
@@ -91,6 +92,16 @@ class RunningSample:
         return self._transcript.sampled(start)
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step whose tokens are not taken in yet: when it began (monotonic), and how long it takes
+    at the device's bound."""
+
+    drawn: list[Drawn]
+    started: float
+    least_seconds: float
+
+
 class Engine:
     """Generates for many requests at once; sequences join and leave at any step.
 
@@ -131,11 +142,14 @@ class Engine:
         self.num_threads = num_threads
         """Torch's while a step runs; None for as many as it has."""
         self.options = options
-        self._stop_ids = stop_ids
-        self._close = None if tokenizer is None else ForcedClose(tokenizer.encode_plain)
-        vocab_size = config.vocab_size
-        self._output_bytes = (
-            [b""] * vocab_size if tokenizer is None else tokenizer.output_bytes(vocab_size)
+        self._overlaps = options.overlaps
+        self._admission = Admission(
+            config,
+            tokenizer,
+            runner.constraints,
+            stop_ids=stop_ids,
+            max_model_len=plan.max_model_len,
+            replays_at_once=not options.deterministic,
         )
         end_slot = plan.num_slots - plan.num_snapshots
         end_block = plan.num_blocks - plan.num_snapshot_blocks
@@ -167,6 +181,8 @@ class Engine:
         """Called with the keys of sequences that got their slot, before the model sees them."""
         self._sequences: dict[Hashable, dict[int, Sequence]] = {}
         self._ready: list[Output] = []
+        self._in_flight: _InFlight | None = None
+        self._taken_in_at = 0.0
         self._steps = 0
         self._step_seconds = 0.0
         self._last_step_seconds = 0.0
@@ -272,31 +288,7 @@ class Engine:
         self, num_prompt_tokens: int, params: SamplingParams, *, thinking: bool = False
     ) -> RowError | None:
         """Why a prompt of so many tokens can never run, or None."""
-        limit = self.max_model_len
-        if num_prompt_tokens < 1:
-            return RowError(ErrorKind.INVALID_PROMPT, "the prompt has no tokens")
-        max_tokens = params.max_tokens
-        if max_tokens is None and num_prompt_tokens >= limit:
-            return RowError(
-                ErrorKind.TOO_LONG,
-                f"{num_prompt_tokens} prompt tokens leave nothing of max_model_len {limit}",
-            )
-        if max_tokens is not None and num_prompt_tokens + max_tokens > limit:
-            return RowError(
-                ErrorKind.TOO_LONG,
-                f"{num_prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
-                f"{num_prompt_tokens + max_tokens} > max_model_len {limit}",
-            )
-        return self._format_error(params, thinking)
-
-    def _format_error(self, params: SamplingParams, thinking: bool) -> RowError | None:
-        if params.bound_to is None:
-            return None
-        if self.runner.constraints is None:
-            reason: str | None = "the checkpoint has no tokenizer, so no text can be bound"
-        else:
-            reason = self.runner.constraints.error(params.bound_to, thinking=thinking)
-        return None if reason is None else RowError(ErrorKind.ENGINE, f"response_format: {reason}")
+        return self._admission.error(num_prompt_tokens, params, thinking)
 
     def add(self, request: Request) -> None:
         """Queue a request. One that can never run comes out of the next step with its error, one
@@ -306,27 +298,12 @@ class Engine:
         """
         if request.sample in self._sequences.get(request.key, {}):
             raise ValueError(f"request {request.key!r}, sample {request.sample} is there already")
-        error = self._check(request)
-        if error is not None:
-            self._ready.append(_error_output(request, error))
+        sequence = self._admission.sequence(request, time.monotonic())
+        if isinstance(sequence, RowError):
+            self._ready.append(_error_output(request, sequence))
             return
-        num_prompt = len(request.prompt_token_ids)
-        max_tokens = request.params.max_tokens or self.max_model_len - num_prompt
-        transcript = self._transcript(request, max_tokens)
-        num_forced = self._close.max_tokens if self._close is not None and request.thinking else 0
-        sequence = Sequence(
-            request,
-            transcript,
-            num_reserved=num_prompt + max_tokens + num_forced,
-            added_at=time.monotonic(),
-            replays_at_once=not self.deterministic,
-        )
-        if transcript.error is not None:
-            error = RowError(ErrorKind.ENGINE, f"response_format: {transcript.error}")
-            self._ready.append(_error_output(request, error))
-            return
-        if transcript.finish_reason is not None:
-            output = _output(sequence, sequence.added_at)
+        if sequence.transcript.finish_reason is not None:
+            output, num_prompt = _output(sequence, sequence.added_at), len(request.prompt_token_ids)
             self._ready.append(replace(output, prefix_tokens=num_prompt))
             self._prefix_tokens += num_prompt
             return
@@ -375,29 +352,61 @@ class Engine:
         self._scheduler.forget_prefixes()
 
     def step(self) -> list[Output]:
-        """Schedule, run, sample; the outputs of the sequences that ended."""
-        started = time.monotonic()
+        """Schedule, run, sample, take in what was sampled; the outputs of the sequences that ended.
+
+        Where steps overlap, what a step samples is taken in by the next call, after that one has
+        given the device its own forward pass; so the device has work while the host waits for the
+        tokens, takes them in and schedules. The pass reads them on the device. What it could not
+        know is made good before anything is sampled from it: a sequence that turned out to have
+        ended has run for nothing, and one whose reasoning was closed by force has read the token
+        before the close, as it had to. Neither is sampled. A last token that is one by count is
+        never run. Slots and blocks are free as soon as a sequence has ended, though a pass may
+        still be writing there: the device does what it is given in order, and whoever gets them
+        writes later.
+        """
         outputs, self._ready = self._ready, []
+        started = time.monotonic()
+        step = self._schedule(started)
+        num_running = self.num_running
+        least_seconds = 0.0 if self._bound is None else _least_seconds(step, self._bound)
+        try:
+            with torch_threads(self.num_threads):
+                passes = self.runner.launch(step) if step else []
+                outputs += self._take_in()
+                if step:
+                    self._in_flight = _InFlight(self.runner.sample(passes), started, least_seconds)
+                if not self._overlaps:
+                    outputs += self._take_in()
+        except torch.OutOfMemoryError as full:
+            outputs += self._take_in()  # what was sampled before is sound
+            outputs += self._shed(full, num_running)
+        return outputs
+
+    def _schedule(self, now: float) -> Step:
         step = self._scheduler.schedule()
-        if not step:
-            return outputs
         for sequence in step.admitted:
-            sequence.admitted_at = started
+            sequence.admitted_at = now
             self._prompt_tokens += len(sequence.request.prompt_token_ids) - sequence.num_cached
             self._prefix_tokens += sequence.num_cached
         if step.admitted and self.on_admit is not None:
             self.on_admit([sequence.request.key for sequence in step.admitted])
-        least_seconds = 0.0 if self._bound is None else _least_seconds(step, self._bound)
-        try:
-            with torch_threads(self.num_threads):
-                next_tokens = self.runner.run(step)
-        except torch.OutOfMemoryError as full:
-            return outputs + self._shed(full)
+        return step
+
+    def _take_in(self) -> list[Output]:
+        """Wait for what the step in flight sampled, if there is one, and give each sequence its
+        token; the outputs of those that ended."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None:
+            return []
+        next_tokens = self.runner.collect(in_flight.drawn)
         now = time.monotonic()
+        outputs: list[Output] = []
         ended: set[Sequence] = set()
         num_sampled = 0
         for token in next_tokens:
             sequence = token.sequence
+            if sequence.slot is None:
+                continue  # aborted since
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
             if not token.is_finite:
@@ -428,9 +437,11 @@ class Engine:
         if ended:
             self._finish(ended)
         self._steps += 1
-        self._last_step_seconds = now - started
+        # The time before the last step was taken in is that step's.
+        self._last_step_seconds = now - max(in_flight.started, self._taken_in_at)
+        self._taken_in_at = now
         self._step_seconds += self._last_step_seconds
-        self._least_seconds += least_seconds
+        self._least_seconds += in_flight.least_seconds
         return outputs
 
     def stats(self) -> EngineStats:
@@ -459,25 +470,8 @@ class Engine:
         """
         self._scheduler.check_integrity()
 
-    def _check(self, request: Request) -> RowError | None:
-        prompt = request.prompt_token_ids
-        if prompt and not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-            return RowError(
-                ErrorKind.INVALID_PROMPT,
-                f"a prompt token id is outside the vocabulary of {self.config.vocab_size}",
-            )
-        if request.generated is not None:
-            ids, logprobs = request.generated.token_ids, request.generated.logprobs
-            if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-                message = "a token that was generated before is outside the vocabulary"
-                return RowError(ErrorKind.ENGINE, message)
-            if logprobs is None and ids and request.params.logprobs is not None:
-                message = "tokens that were generated before lack their log-probabilities"
-                return RowError(ErrorKind.ENGINE, message)
-        return self.admission_error(len(prompt), request.params, thinking=request.thinking)
-
-    def _shed(self, error: torch.OutOfMemoryError) -> list[Output]:
-        """The device has no memory for a step: run half as many sequences from now on.
+    def _shed(self, error: torch.OutOfMemoryError, num_running: int) -> list[Output]:
+        """The device has no memory for a step of so many: run half as many from now on.
 
         What the step left in the states is neither before nor after it, so all that ran begin
         again, with the tokens that they have. One that ran alone is given up.
@@ -485,51 +479,24 @@ class Engine:
         running = self._scheduler.running
         self._scheduler.forget_prefixes()
         self._scheduler.finish(running)
-        self._scheduler.limit(max(1, len(running) // 2))
+        self._scheduler.limit(max(1, num_running // 2))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _log.warning(
             "out of memory in a step of %d sequences; at most %d from now on",
-            len(running),
-            max(1, len(running) // 2),
+            num_running,
+            max(1, num_running // 2),
         )
-        if len(running) == 1:
-            [sequence] = running
-            self._forget(sequence.request)
-            text = " ".join(str(error).split())[:200]
-            reason = RowError(ErrorKind.ENGINE, f"out of memory with this row alone: {text}")
-            return [_error_output(sequence.request, reason)]
+        outputs = []
         for sequence in running:
             self._forget(sequence.request)
-            self.add(replace(sequence.request, generated=sequence.known))
-        return []
-
-    def _transcript(self, request: Request, max_tokens: int) -> Transcript:
-        params = request.params
-        thinking = None
-        if request.thinking and self._close is not None:
-            thinking = Thinking(
-                self._close,
-                budget=params.max_thinking_tokens,
-                grace=params.thinking_grace,
-                latest=max_tokens - params.reserve_of(max_tokens),
-            )
-        stop_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._stop_ids)}
-        known_stop_ids = frozenset(i for i in stop_ids if i < self.config.vocab_size)
-        constraint = None
-        if params.bound_to is not None and self.runner.constraints is not None:
-            constraint = self.runner.constraints.begin(
-                params.bound_to, thinking=thinking is not None, stop_ids=known_stop_ids
-            )
-        return Transcript(
-            self._output_bytes,
-            thinking,
-            stop_ids=known_stop_ids,
-            stops=tuple(text.encode() for text in params.stop_strings),
-            max_tokens=max_tokens,
-            min_tokens=params.min_tokens,
-            constraint=constraint,
-        )
+            if num_running == 1:
+                text = " ".join(str(error).split())[:200]
+                reason = RowError(ErrorKind.ENGINE, f"out of memory with this row alone: {text}")
+                outputs.append(_error_output(sequence.request, reason))
+            else:
+                self.add(replace(sequence.request, generated=sequence.known))
+        return outputs
 
     def _finish(self, ended: set[Sequence]) -> None:
         self._scheduler.finish(ended)

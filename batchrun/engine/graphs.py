@@ -20,7 +20,10 @@ from torch import Tensor
 from batchrun.model.batch import DecodeBatch
 from batchrun.model.hybrid import NemotronH
 from batchrun.model.state import State
+from batchrun.model.transfer import stage
 
+IN_FLIGHT = -1
+"""As a token: the one that the row's slot was sampled last, which only the device knows yet."""
 _PADDING = (0, 0, 1)
 """Token, slot and context of a row that nobody reads."""
 
@@ -56,23 +59,29 @@ class CudaRecorder:
 class DecodeGraphs:
     """Decode steps of up to ``most`` sequences over ``state``, recorded when this is made.
 
-    ``tables`` [slots, n] int64 are the block tables by slot, that of slot 0 all zeros; they are
-    read at every replay, where they are.
+    ``tables`` [slots, n] int64 are the block tables by slot, that of slot 0 all zeros;
+    ``last_tokens`` [slots] int64 are the tokens that were sampled last. Both are read at every
+    replay, where they are.
     """
 
     def __init__(
-        self, model: NemotronH, state: State, tables: Tensor, *, most: int, recorder: Recorder
+        self,
+        model: NemotronH,
+        state: State,
+        tables: Tensor,
+        last_tokens: Tensor,
+        *,
+        most: int,
+        recorder: Recorder,
     ) -> None:
         device = tables.device
         self._model = model
         self._state = state
         self._tables = tables
+        self._last_tokens = last_tokens
+        # The step before may still run when these are filled for the next one, and its logits may
+        # be read later than that: the device does what it is given in order.
         self._inputs = torch.empty(len(_PADDING), most, dtype=torch.int64, device=device)
-        # From pinned memory the copy to the device need not be waited for. It is over before the
-        # next step is prepared, because each step's tokens are read back first.
-        self._staged = torch.empty(
-            self._inputs.shape, dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
         # One for all sizes, outside of the graphs' pool: they would keep one each.
         self._logits = torch.empty(most, model.config.vocab_size, device=device)
         self._sizes = bucket_sizes(most)
@@ -89,7 +98,7 @@ class DecodeGraphs:
 
     def run(self, token_ids: list[int], slots: list[int], context_lens: list[int]) -> Tensor:
         """Float32 logits [D, vocab] of a step, as :meth:`NemotronH.forward` gives them for decodes;
-        they are overwritten by the next one."""
+        they are overwritten by the next one. A token may be :data:`IN_FLIGHT`."""
         num_decodes = len(token_ids)
         size = self._sizes[bisect_left(self._sizes, num_decodes)]
         self._put(token_ids, slots, context_lens, size)
@@ -99,15 +108,15 @@ class DecodeGraphs:
     def _put(
         self, token_ids: list[int], slots: list[int], context_lens: list[int], size: int
     ) -> None:
-        """Stage the rows, padded to ``size``, and copy them to the device."""
-        rows = zip((token_ids, slots, context_lens), _PADDING, strict=True)
-        for kind, (values, padding) in enumerate(rows):
-            staged = self._staged[kind, :size]
-            staged.copy_(torch.tensor(values + [padding] * (size - len(values))))
-            self._inputs[kind, :size].copy_(staged, non_blocking=True)
+        """Copy the rows, padded to ``size``, to the device, from memory that no other copy uses."""
+        kinds = zip((token_ids, slots, context_lens), _PADDING, strict=True)
+        rows = [values + [padding] * (size - len(values)) for values, padding in kinds]
+        self._inputs[:, :size].copy_(stage(rows, self._inputs.device), non_blocking=True)
 
     def _forward(self, size: int) -> None:
         token_ids, slots, context_lens = self._inputs[:, :size]
+        last = self._last_tokens.index_select(0, slots)
+        torch.where(token_ids == IN_FLIGHT, last, token_ids, out=token_ids)
         batch = DecodeBatch(token_ids, slots, context_lens, self._tables.index_select(0, slots))
         self._logits[:size].copy_(self._model(batch, self._state))
 

@@ -1,4 +1,10 @@
-"""Turns a scheduled step into tensors, runs the model and samples. Knows no queue."""
+"""Turns a scheduled step into tensors, runs the model and samples. Knows no queue.
+
+A step has three phases. :meth:`ModelRunner.launch` gives the device the forward pass,
+:meth:`ModelRunner.sample` what is drawn from its logits, and :meth:`ModelRunner.collect` waits for
+the drawn tokens. The first two only put work in line, so between them the host may collect the
+step before: what it sampled is read on the device, slot by slot, and need not be known here yet.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from batchrun.engine.constraints import BoundRow, Constraints
-from batchrun.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
+from batchrun.engine.graphs import IN_FLIGHT, CudaRecorder, DecodeGraphs, Recorder
 from batchrun.engine.memory import BLOCK_SIZE, MemoryPlan
-from batchrun.engine.sampler import Needs, Sampler, stream_key
+from batchrun.engine.sampler import Needs, Sampler, Sampling, stream_key
 from batchrun.engine.scheduler import Chunk, Step
 from batchrun.engine.sequence import Sequence
 from batchrun.model.batch import Batch, DecodeBatch
 from batchrun.model.hybrid import NemotronH
 from batchrun.model.state import State
+from batchrun.model.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,23 @@ class NextToken:
     logprob: float | None
     is_finite: bool
     is_stuck: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass: its logits [L, V], and the sequences that they are of."""
+
+    logits: torch.Tensor
+    sequences: list[Sequence]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The tokens of a pass, on their way to the host. ``stuck`` are rows that may take none."""
+
+    sequences: list[Sequence]
+    sampling: Sampling
+    stuck: frozenset[int]
 
 
 class ModelRunner:
@@ -55,6 +79,8 @@ class ModelRunner:
         self._sampler = Sampler(plan.max_sequences + 1, model.config.vocab_size, device)
         shape = (plan.max_sequences + 1, max(1, plan.blocks_per_sequence))
         self._tables = torch.zeros(shape, dtype=torch.int64, device=device)
+        # [slots] the token that each slot's sequence was sampled last.
+        self._last_tokens = torch.zeros(len(self._tables), dtype=torch.int64, device=device)
         self._uses_blocks = plan.blocks_per_sequence > 0
         self._graphs: DecodeGraphs | None = None
         # Whether the operators find pages by themselves, so that nothing is laid out for them.
@@ -81,6 +107,7 @@ class ModelRunner:
             self.model,
             self.state,
             self._tables,
+            self._last_tokens,
             most=1 if self._one_by_one else len(self._tables) - 1,
             recorder=recorder,
         )
@@ -101,27 +128,42 @@ class ModelRunner:
         self.model(batch, self.state)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[NextToken]:
-        """Run a step, advance its sequences, and sample for each whose tokens are all run."""
+    def launch(self, step: Step) -> list[Pass]:
+        """Run a step and advance its sequences.
+
+        A decode whose last token is not known here yet takes the one that its slot was sampled
+        last. Of the passes there is none without logits.
+        """
         for sequence in step.admitted:
             self._admit(sequence)
         if not self._one_by_one:
-            return self._run(step.decodes, step.prefills)
-        tokens = [token for sequence in step.decodes for token in self._run((sequence,), ())]
-        for chunk in step.prefills:
-            tokens += self._run((), (chunk,))
-        return tokens
+            passes = [self._forward(step.decodes, step.prefills)]
+        else:
+            passes = [self._forward((sequence,), ()) for sequence in step.decodes]
+            passes += [self._forward((), (chunk,)) for chunk in step.prefills]
+        return [done for done in passes if done.sequences]
 
-    def _run(self, decodes: tuple[Sequence, ...], prefills: tuple[Chunk, ...]) -> list[NextToken]:
+    @torch.inference_mode()
+    def sample(self, passes: list[Pass]) -> list[Drawn]:
+        """Draw a token for each sequence that still runs and is still where the pass left it."""
+        return [drawn for done in passes if (drawn := self._sample(done)) is not None]
+
+    @staticmethod
+    def collect(drawn: list[Drawn]) -> list[NextToken]:
+        """The tokens, once they are here."""
+        return [token for one in drawn for token in _read(one)]
+
+    def _forward(self, decodes: tuple[Sequence, ...], prefills: tuple[Chunk, ...]) -> Pass:
         num_decodes = len(decodes)
-        token_ids = [sequence.tokens[-1] for sequence in decodes]
+        token_ids = [s.tokens[-1] if s.num_pending else IN_FLIGHT for s in decodes]
         context_lens = [sequence.num_context for sequence in decodes]
         slots = [sequence.slot or 0 for sequence in decodes]
         if self._graphs is not None and not prefills:
             logits = self._graphs.run(token_ids, slots, context_lens)
             for sequence in decodes:
                 sequence.num_context += 1
-            return self._sample(logits, list(decodes))
+            # The next pass overwrites them; it comes before this one is sampled only here.
+            return Pass(logits.clone() if self._one_by_one else logits, list(decodes))
         sampled = list(decodes)
         logit_rows = list(range(num_decodes))
         longest = 1 + max(context_lens, default=0)
@@ -138,14 +180,18 @@ class ModelRunner:
             if chunk.is_final:
                 sampled.append(sequence)
                 logit_rows.append(len(token_ids) - 1)
-        slot_ids = torch.tensor(slots, device=self._device)  # [S]
+        slot_ids = to_device(slots, self._device)  # [S]
         width = -(-longest // BLOCK_SIZE) if self._uses_blocks else 1
         tables = self._tables[slot_ids, :width]
-        ids = torch.tensor(token_ids, device=self._device)  # [T]
+        ids = to_device(token_ids, self._device)  # [T]
+        if IN_FLIGHT in token_ids[:num_decodes]:
+            known = ids[:num_decodes]
+            last = self._last_tokens[slot_ids[:num_decodes]]
+            ids[:num_decodes] = torch.where(known == IN_FLIGHT, last, known)
         batch: Batch | DecodeBatch
         if not prefills and self._follows_tables:
             # Most steps: there is next to nothing to lay out.
-            contexts = torch.tensor(context_lens, device=self._device)
+            contexts = to_device(context_lens, self._device)
             batch = DecodeBatch(ids, slot_ids, contexts, tables)
         else:
             batch = Batch(
@@ -155,7 +201,7 @@ class ModelRunner:
                 slots=slot_ids,
                 context_lens=tuple(context_lens),
                 block_tables=tables,
-                logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=self._device),
+                logit_rows=to_device(logit_rows, self._device),
             )
         logits = self.model(batch, self.state)  # [L, V]
         for sequence in decodes:
@@ -163,9 +209,25 @@ class ModelRunner:
         for chunk in prefills:
             chunk.sequence.num_context += chunk.num_tokens
             self._keep(chunk.sequence)
-        return self._sample(logits, sampled) if sampled else []
+        return Pass(logits, sampled)
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[NextToken]:
+    def _sample(self, done: Pass) -> Drawn | None:
+        rows = []
+        for row, sequence in enumerate(done.sequences):
+            if sequence.slot is None:
+                continue  # it has ended since
+            if sequence.num_pending:
+                # Its reasoning was closed since. What that takes it has not read yet, but it counts
+                # from now on: one token alone would come as a decode.
+                self._sampler.observe(sequence.slot, sequence.tokens[sequence.num_context :])
+                continue
+            rows.append(row)
+        if not rows:
+            return None
+        sequences, logits = done.sequences, done.logits
+        if len(rows) != len(sequences):
+            sequences = [sequences[row] for row in rows]
+            logits = logits[to_device(rows, self._device)]
         params = [sequence.request.params for sequence in sequences]
         counts = [sequence.transcript.num_sampled for sequence in sequences]
         allowed, stuck = self._allowed(sequences)
@@ -183,25 +245,10 @@ class ModelRunner:
             ),
             allowed=allowed,
         )
-        result = self._sampler.sample(
-            logits,
-            torch.tensor([sequence.slot or 0 for sequence in sequences], device=self._device),
-            torch.tensor(counts, device=self._device),
-            needs,
-        )
-        logprobs = result.logprobs or [0.0] * len(sequences)
-        return [
-            NextToken(
-                sequence,
-                token_id,
-                logprob if p.logprobs is not None else None,
-                is_finite,
-                row in stuck,
-            )
-            for row, (sequence, p, token_id, logprob, is_finite) in enumerate(
-                zip(sequences, params, result.token_ids, logprobs, result.finite, strict=True)
-            )
-        ]
+        slots = to_device([sequence.slot or 0 for sequence in sequences], self._device)
+        sampling = self._sampler.sample(logits, slots, to_device(counts, self._device), needs)
+        self._last_tokens[slots] = sampling.ids
+        return Drawn(sequences, sampling, stuck)
 
     def _allowed(
         self, sequences: list[Sequence]
@@ -221,7 +268,7 @@ class ModelRunner:
             return None, frozenset()
         masks, empty = self.constraints.masks(rows, self._device)
         return (
-            (torch.tensor(bound, device=self._device), masks),
+            (to_device(bound, self._device), masks),
             frozenset(bound[place] for place in empty),
         )
 
@@ -232,7 +279,7 @@ class ModelRunner:
         request = sequence.request
         self._tables[slot] = 0
         if sequence.blocks:
-            self._tables[slot, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+            self._tables[slot, : len(sequence.blocks)] = to_device(sequence.blocks, self._device)
         self._sampler.admit(
             slot, request.params, stream_key(request.seed, request.sample), sequence.tokens
         )
@@ -249,3 +296,20 @@ class ModelRunner:
             self.state.copy(sequence.slot or 0, blocks, snapshot.slot, snapshot.blocks)
             snapshot.is_ready = True
             sequence.snapshot = None
+
+
+def _read(drawn: Drawn) -> list[NextToken]:
+    result = drawn.sampling.wait()
+    sequences = drawn.sequences
+    logprobs = result.logprobs or [0.0] * len(sequences)
+    rows = zip(sequences, result.token_ids, logprobs, result.finite, strict=True)
+    return [
+        NextToken(
+            sequence,
+            token_id,
+            logprob if sequence.request.params.logprobs is not None else None,
+            is_finite,
+            row in drawn.stuck,
+        )
+        for row, (sequence, token_id, logprob, is_finite) in enumerate(rows)
+    ]

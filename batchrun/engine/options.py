@@ -49,6 +49,8 @@ class EngineOptions:
     on a CPU runs on one thread whatever it says. ``prefix_states`` keeps the states of prompt
     beginnings that many prompts share, so that they are computed once; with ``deterministic`` it is
     off, because where a prompt is cut would depend on what else the engine has seen.
+    ``overlap`` runs a step while the tokens of the one before are taken in; None = on a GPU. With
+    ``deterministic`` it is off, as every token there has a step of its own.
     ``random_weights`` take the place of the checkpoint's, of which only the config is read then:
     for measurements.
 
@@ -68,6 +70,7 @@ class EngineOptions:
     memory_bytes: int | None = None
     num_threads: int | None = None
     prefix_states: bool = True
+    overlap: bool | None = None
     random_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -104,6 +107,12 @@ class EngineOptions:
         if self.dtype != "auto":
             return _DTYPES[self.dtype]
         return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step runs while the one before is taken in."""
+        wanted = self.torch_device.type == "cuda" if self.overlap is None else self.overlap
+        return wanted and not self.deterministic
 
     def resolved(self, config: ModelConfig) -> EngineOptions:
         """The same, with ``dtype`` auto decided for a checkpoint on this machine."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from batchrun.engine.params import SamplingParams
+from batchrun.model.transfer import Arriving, to_device
 
 _BLOCK = 256
 """Tokens that are summed up before one is looked for."""
@@ -70,6 +71,27 @@ class Sampled:
     logprobs: list[float] | None
 
 
+class Sampling:
+    """A token for each row, drawn on the device and on its way to the host.
+
+    ``ids`` [L] int64 are on the device.
+    """
+
+    __slots__ = ("_columns", "ids")
+
+    def __init__(self, ids: Tensor, columns: list[Tensor]) -> None:
+        self.ids = ids
+        # One copy to the host a step. Ids are exact in float64.
+        self._columns = Arriving(torch.stack([ids.double(), *columns]))
+
+    def wait(self) -> Sampled:
+        """What was sampled, once the host has it."""
+        token_ids, finite, *logprobs = self._columns.wait().tolist()
+        return Sampled(
+            [int(i) for i in token_ids], [f != 0 for f in finite], logprobs[0] if logprobs else None
+        )
+
+
 class Sampler:
     """Keeps each slot's sampling parameters on the device, so that a step only gathers them."""
 
@@ -88,9 +110,8 @@ class Sampler:
         self._keys[slot] = key
         self._top_k[slot] = params.top_k if params.top_k > 0 else self._vocab_size
         temperature = 1.0 if params.greedy else params.temperature
-        self._numbers[slot] = torch.tensor(
-            [temperature, params.top_p, params.min_p, params.repetition_penalty]
-        )
+        numbers = [temperature, params.top_p, params.min_p, params.repetition_penalty]
+        self._numbers[slot] = to_device(numbers, self._device, torch.float32)
         if params.repetition_penalty != 1.0 and self._seen is None:
             shape = (len(self._keys), self._vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
@@ -101,9 +122,9 @@ class Sampler:
     def observe(self, slot: int, tokens: AnySequence[int]) -> None:
         """Note tokens that were not sampled here (prompt, forced) for the repetition penalty."""
         if self._seen is not None and tokens:
-            self._seen[slot, torch.tensor(tokens, device=self._device)] = True
+            self._seen[slot, to_device(tokens, self._device)] = True
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, needs: Needs) -> Sampled:
+    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor, needs: Needs) -> Sampling:
         """One token a row.
 
         logits [L, V] float32, slots [L] int64, positions [L] int64 (tokens sampled before).
@@ -112,7 +133,7 @@ class Sampler:
         adjusted = self._adjust(logits, slots, needs)
         ids = _argmax(adjusted)  # [L]
         if needs.drawing:
-            drawing = torch.tensor(needs.drawing, device=self._device)  # [R] of the L rows
+            drawing = to_device(needs.drawing, self._device)  # [R] of the L rows
             rows = slots[drawing]
             drawn = adjusted if len(drawing) == len(logits) else adjusted[drawing]  # [R, V]
             probs = torch.softmax(drawn / self._numbers[rows, 0, None], dim=-1)
@@ -121,15 +142,11 @@ class Sampler:
             ids[drawing] = _invert(probs, uniform(self._keys[rows], positions[drawing]))
         if self._seen is not None:
             self._seen[slots, ids] = True
-        columns = [ids.double(), torch.isfinite(logits.sum(dim=-1)).double()]
+        columns = [torch.isfinite(logits.sum(dim=-1)).double()]
         if needs.logprobs:
             chosen = logits.gather(1, ids[:, None]).squeeze(1)  # [L]
             columns.append((chosen - torch.logsumexp(logits, dim=-1)).double())
-        # One copy to the host a step. Ids are exact in float64.
-        token_ids, finite, *logprobs = torch.stack(columns).tolist()
-        return Sampled(
-            [int(i) for i in token_ids], [f != 0 for f in finite], logprobs[0] if logprobs else None
-        )
+        return Sampling(ids, columns)
 
     def _adjust(self, logits: Tensor, slots: Tensor, needs: Needs) -> Tensor:
         """Repetition penalty, and tokens that may not come: [L, V] -> [L, V]."""
@@ -139,8 +156,10 @@ class Sampler:
             logits = torch.where(self._seen[slots], weakened, logits)
         elif needs.banned or needs.allowed is not None:
             logits = logits.clone()
-        for row, ids in needs.banned:
-            logits[row, list(ids)] = -torch.inf
+        if needs.banned:
+            banned = [(row, token_id) for row, ids in needs.banned for token_id in ids]
+            rows, ids = to_device(banned, self._device).unbind(1)
+            logits[rows, ids] = -torch.inf
         if needs.allowed is not None:
             bound, words = needs.allowed
             octets = words.view(torch.uint8)  # [R, 4 W]

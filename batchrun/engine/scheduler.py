@@ -139,7 +139,7 @@ class Scheduler:
                 decodes.append(sequence)
             elif sequence.is_in_prompt:
                 prompts.append(sequence)
-            else:
+            elif sequence.num_pending:  # else its last token is in flight
                 forced.append(sequence)
         prefills: list[Chunk] = []
         # At least a token, so that many decodes cannot keep the prompts out for ever.

@@ -16,7 +16,8 @@ class Sequence:
     once, and what was taken over from an earlier generation (``num_replayed`` sampled tokens).
     A sequence decodes when its state holds all but one; until then it prefills, be it the prompt
     or forced tokens. What counts is what the state holds, never the length of the chunk: the
-    first token of a prompt of one token is a prefill.
+    first token of a prompt of one token is a prefill. When its state holds them all, the next token
+    is in flight: sampled on the device, but not taken in here.
     """
 
     __slots__ = (
@@ -89,8 +90,12 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether one token follows a state that holds all the others."""
-        return self.num_context > 0 and len(self.tokens) - self.num_context == 1
+        """Whether one token follows a state that holds all the others; it may be in flight, but
+        for the last one that there can be."""
+        num_pending = len(self.tokens) - self.num_context
+        if num_pending == 1:
+            return self.num_context > 0
+        return num_pending == 0 and not self.transcript.ends_next
 
     @property
     def is_in_prompt(self) -> bool:

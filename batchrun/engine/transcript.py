@@ -83,6 +83,11 @@ class Transcript:
         return self.num_sampled >= self._min_tokens
 
     @property
+    def ends_next(self) -> bool:
+        """Whether the next token is the last one in any case."""
+        return self.num_sampled + 1 >= self.max_tokens
+
+    @property
     def error(self) -> str | None:
         """What is wrong with the constraint, if anything."""
         return None if self.constraint is None else self.constraint.error

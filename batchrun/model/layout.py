@@ -15,6 +15,7 @@ from torch import Tensor
 
 from batchrun.model.batch import Batch, DecodeBatch
 from batchrun.model.config import ModelConfig
+from batchrun.model.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def _lay_out_decodes(
 
 def _lay_out_prefill(batch: Batch, config: ModelConfig, rectangles: bool) -> PrefillLayout:
     device = batch.token_ids.device
-    lens = torch.tensor(batch.prefill_lens, device=device)  # [P]
+    lens = to_device(batch.prefill_lens, device)  # [P]
     numbers = torch.arange(len(lens), device=device)  # [P]
     ends = lens.cumsum(0)  # [P]
     starts = ends - lens  # [P]
@@ -191,8 +192,8 @@ def _lay_out_prefill(batch: Batch, config: ModelConfig, rectangles: bool) -> Pre
         waves.append(Wave(sequences, first_chunks[sequences] + n))
     return PrefillLayout(
         slots=batch.slots[batch.num_decodes :],
-        is_new=torch.tensor(
-            [length == 0 for length in batch.context_lens[batch.num_decodes :]], device=device
+        is_new=to_device(
+            [length == 0 for length in batch.context_lens[batch.num_decodes :]], device, torch.bool
         ),
         num_columns=len(token) + len(lens) * history,
         token_columns=token + (sequence + 1) * history,
@@ -210,8 +211,8 @@ def _lay_out_prefill(batch: Batch, config: ModelConfig, rectangles: bool) -> Pre
 
 def _lay_out_attention(batch: Batch, block_size: int, rectangles: bool) -> AttentionLayout:
     device = batch.token_ids.device
-    query_lens = torch.tensor(batch.query_lens, device=device)  # [S]
-    contexts = torch.tensor(batch.context_lens, device=device)  # [S]
+    query_lens = to_device(batch.query_lens, device)  # [S]
+    contexts = to_device(batch.context_lens, device)  # [S]
     ends = query_lens.cumsum(0)  # [S]
     starts = ends - query_lens  # [S] first token of each sequence
     sequence = torch.repeat_interleave(

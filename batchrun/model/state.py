@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchrun.model.config import ModelConfig
+from batchrun.model.transfer import to_device
 
 _BLOCKS_AT_ONCE = 64
 """Blocks copied at once: they are gathered first, and that takes their size in memory."""
@@ -88,8 +89,8 @@ class State:
         self.ssm[:, to_slot].copy_(self.ssm[:, slot])
         device = self.keys.device
         for at in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            source = torch.tensor(blocks[at : at + _BLOCKS_AT_ONCE], device=device)
-            target = torch.tensor(to_blocks[at : at + _BLOCKS_AT_ONCE], device=device)
+            source = to_device(blocks[at : at + _BLOCKS_AT_ONCE], device)
+            target = to_device(to_blocks[at : at + _BLOCKS_AT_ONCE], device)
             for pool in (self.keys, self.values):
                 pool.index_copy_(1, target, pool.index_select(1, source))
 

@@ -40,6 +40,8 @@ INTERVAL_S = 1.0
 FLUSH_S = 1.0  # what one flush may take on a busy machine
 POISON = "POISON"
 
+_OWNERS: dict[Path, str] = {}  # of a plan: the test that made it
+
 Rows = list[dict[str, object]]
 
 
@@ -70,11 +72,12 @@ class Field:
     input_options: dict[str, object] = field(default_factory=dict)
     input_url: str = ""
     record: Callable[[str, object], None] = lambda name, value: None
+    test: str = ""
     faulted_at: float | None = None
 
     def at(self, base: str, storage_options: Mapping[str, object]) -> Field:
         """The same with outputs elsewhere."""
-        return Field(self.work, base, dict(storage_options), record=self.record)
+        return Field(self.work, base, dict(storage_options), record=self.record, test=self.test)
 
     def output(self, name: str) -> str:
         """The URL of an output."""
@@ -98,6 +101,8 @@ class Field:
         """What befalls the workers of a run; see :mod:`tests.chaos.faults`."""
         settings = {"max_sequences": SEQUENCES, "step_s": STEP_S, **faults.pop("engine", {})}
         path = plan_path(self.work.folder / "in", self.output(name))
+        # Two tests of one name would count each other's tokens.
+        assert _OWNERS.setdefault(path, self.test) == self.test, f"{name} is taken"
         path.write_text(json.dumps({"engine": settings, **faults}))
 
     def run(
@@ -231,7 +236,7 @@ def field(
     assert marker is not None, "say which fault of the matrix this is: @pytest.mark.fault(...)"
     record_property("fault", marker.args)
     work = _ground[0]
-    return Field(work, str(work.folder), record=record_property)
+    return Field(work, str(work.folder), record=record_property, test=request.node.name)
 
 
 @pytest.fixture
@@ -256,7 +261,7 @@ def own_field(
     def make(shards: Sequence[Sequence[str]]) -> tuple[Field, Rows]:
         for number, prompts in enumerate(shards):
             work.write(f"{number}", prompts)
-        made = Field(work, str(work.folder), record=record_property)
+        made = Field(work, str(work.folder), record=record_property, test=request.node.name)
         made.plan("undisturbed", engine={"step_s": 0.0})
         assert made.run("undisturbed").exit_code == 0
         return made, made.rows("undisturbed")

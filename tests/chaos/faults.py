@@ -7,7 +7,8 @@ A setup hook of Ray installs it in every worker process; the package knows nothi
 - ``puts``: what befalls create-only puts of a worker: ``{"match": regex, "when": "before"|"after",
   "do": "kill"|"stop", "times": n}``; so often in all processes together.
 - ``prompts``: what befalls a process that is about to run a prompt: ``{"text": …, "do": "die" |
-  "hang" | "raise" | "memory", "times": n}``; ``times`` null is always.
+  "hang" | "raise" | "memory", "times": n}``; ``times`` null is always. With ``"device": "0"`` only
+  where that is the process's GPU.
 - ``load``: "raise" or null: what loading the model does.
 - ``max_batch``: the real engine runs out of memory in steps of more sequences.
 """
@@ -162,7 +163,8 @@ def _arm_fake(plan: Mapping[str, Any], folder: Path) -> None:
     from batchrun.engine.engine import Engine
     from tests.chaos.engine import make_engine
 
-    rules = plan.get("prompts", ())
+    device = os.environ.get("CUDA_VISIBLE_DEVICES")
+    rules = [rule for rule in plan.get("prompts", ()) if rule.get("device", device) == device]
 
     def before_step(prompts: Sequence[str]) -> None:
         for number, rule in enumerate(rules):

@@ -1,11 +1,10 @@
-"""The rows of the fault matrix that are proven outside this folder, and where; what has no row of
-its own, and why. :mod:`tests.chaos.test_matrix` holds the list against the tests."""
+"""The rows of the fault matrix that are proven outside this folder too, and where.
+:mod:`tests.chaos.test_matrix` holds the list against the tests."""
 
 from __future__ import annotations
 
 NUM_ROWS = 40
 _RUN = "tests/unit/data/test_run.py"
-_SUSPECTS = "tests/unit/test_coordinator_suspects.py"
 
 ELSEWHERE: dict[int, tuple[str, ...]] = {
     1: ("tests/integration/test_recovery.py::test_a_big_shard_feeds_two_workers_and_outlives_one",),
@@ -19,7 +18,6 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     14: ("tests/integration/test_recovery.py::test_a_drain_hands_over_every_token",),
     21: ("tests/integration/test_failures.py::test_hung_worker_is_replaced",),
     22: ("tests/integration/test_recovery.py::test_rows_that_kill_become_error_rows",),
-    24: (f"{_SUSPECTS}::test_the_next_try_of_a_row_is_on_another_device",),
     25: ("tests/unit/engine/test_sampler.py::test_a_row_that_is_not_finite_is_reported_alone",),
     27: ("tests/unit/data/test_s3.py::test_a_storm_of_refusals_is_no_storm_of_requests",),
     30: (
@@ -36,10 +34,4 @@ ELSEWHERE: dict[int, tuple[str, ...]] = {
     ),
     35: ("tests/unit/data/test_journal.py::test_a_torn_object_costs_its_end_only",),
     38: ("tests/unit/data/test_lock.py::test_a_silent_holder_is_followed_after_20_seconds",),
-}
-
-NO_TEST: dict[int, str] = {
-    8: "a worker that nobody can reach is the zombie of row 7: it publishes, or finds that another "
-    "has",
-    15: "Ray cannot take a notice back; a drained worker is replaced in any case",
 }

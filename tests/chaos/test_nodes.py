@@ -16,6 +16,7 @@ import pytest
 
 from batchrun.data.layout import strikes_folder
 from tests.chaos.conftest import Field, Rows
+from tests.chaos.hosts import can_make_hosts, two_hosts
 from tests.integration.conftest import Command, descendants, worker_pids
 
 Start = Callable[..., Command]
@@ -46,9 +47,11 @@ class Nodes:
         )
         self.address = str(self._cluster.address)
 
-    def add(self) -> Any:
-        """A node for one worker."""
-        return self._cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, wait=True)
+    def add(self, num_cpus: int = 1, num_gpus: int = 0) -> Any:
+        """A node, for one worker if nothing else is said."""
+        return self._cluster.add_node(
+            num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=80 * 2**20, wait=True
+        )
 
     def remove(self, node: Any) -> None:
         """Take a node away at once."""
@@ -173,19 +176,19 @@ def test_a_storm_of_lost_nodes(field: Field, expected: Rows, batchrun: Start) ->
 @pytest.mark.fault(17, "no node at first, later none for a while")
 def test_nodes_that_come_late(field: Field, expected: Rows, batchrun: Start) -> None:
     """The run waits for a node, and again when its only node is gone."""
-    field.plan("late")
+    field.plan("waits")
     with cluster_of(0) as (nodes, _):
-        command = field.command(batchrun, "late", nodes.address)
+        command = field.command(batchrun, "waits", nodes.address)
         time.sleep(8)
         node = nodes.add()
-        assert wait_until(command, lambda: field.sampled("late") > 300)
+        assert wait_until(command, lambda: field.sampled("waits") > 300)
         field.fault()
         nodes.remove(node)
         time.sleep(8)
         assert command.process.poll() is None
         nodes.add()
         succeeded(command)
-    field.check("late", expected, losses=2)
+    field.check("waits", expected, losses=2)
 
 
 @pytest.mark.fault(7, "a node freezes, is given up, and comes back to life")
@@ -209,3 +212,39 @@ def test_a_frozen_node(field: Field, expected: Rows, batchrun: Start) -> None:
         time.sleep(5)  # for what the dead want to do yet
         assert {i.path: i for i in field.store("frozen").list(recursive=False)} == parts
     field.check("frozen", expected, losses=4, step_s=0.04)
+
+
+@pytest.mark.skipif(not can_make_hosts(), reason="needs to make network namespaces")
+@pytest.mark.fault(8, "a host is cut off from all others, but not from storage")
+def test_a_host_that_is_cut_off(field: Field, expected: Rows) -> None:
+    """Its rows are run elsewhere and nobody is blamed; it writes nothing that anybody has written,
+    not while it is alone and not when it is back."""
+    field.plan("cut", engine={"step_s": 0.04})
+    with two_hosts() as hosts:
+        hosts.start_ray(_QUICK)
+        command = field.command(hosts.batchrun, "cut", hosts.address, resources={"workers": 2})
+        assert wait_until(command, lambda: field.sampled("cut") > 300 and hosts.workers("far"))
+        field.fault()
+        hosts.cut()
+        succeeded(command, timeout_s=240)
+        parts = {item.path: item for item in field.store("cut").list(recursive=False)}
+        hosts.mend()
+        time.sleep(5)  # for what the far host wants to do yet
+        assert {i.path: i for i in field.store("cut").list(recursive=False)} == parts
+    run = field.store("cut").folders("_batchrun")[0]
+    assert field.store("cut").list(strikes_folder(run)) == ()
+    field.check("cut", expected, losses=1, step_s=0.04)
+
+
+@pytest.mark.fault(24, "one of two GPUs ends every process that runs a row on it")
+def test_a_bad_device(field: Field, expected: Rows, batchrun: Start) -> None:
+    """No row is given up for it: what died there is answered by the other one."""
+    rule = {"text": "", "do": "die", "device": "0", "times": None}
+    field.plan("device", prompts=[rule])
+    with cluster_of(0) as (nodes, _):
+        nodes.add(num_cpus=2, num_gpus=2)
+        command = field.command(batchrun, "device", nodes.address, resources={"workers": 2})
+        succeeded(command)
+    num_deaths = len(list(field.marks("device").glob("prompt-0-*")))
+    assert num_deaths > 0
+    field.check("device", expected, losses=num_deaths)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from batchrun.cluster.tally import Progress
 from batchrun.data.journal import read_journal
 from batchrun.data.layout import strikes_folder
 from batchrun.data.plan import read_plan
@@ -27,7 +28,7 @@ from tests.chaos.conftest import (
     wait_for,
 )
 from tests.chaos.zombie import is_stopped, zombie_process
-from tests.integration.conftest import sums
+from tests.integration.conftest import is_alive, sums
 
 Make = Callable[[Sequence[Sequence[str]]], tuple[Field, Rows]]
 
@@ -109,6 +110,33 @@ def test_preemption_storm(field: Field, expected: Rows) -> None:
     assert field.store("storm").list(strikes_folder(summary.run_id)) == ()
     assert summary.discarded_tokens == 0
     field.check("storm", expected, losses=0)
+
+
+@pytest.mark.chaos
+@pytest.mark.fault(15, "a worker is told to go, and its machine stays")
+def test_a_notice_that_is_not_meant(field: Field, expected: Rows) -> None:
+    """Ray takes no notice back, so another worker comes in its place: the run goes on at full
+    strength, nothing is sampled twice, and nobody is blamed."""
+    field.plan("stays", engine={"step_s": 0.12})
+    told: list[int] = []
+    strength: list[int] = []
+
+    def notice(ended: threading.Event) -> None:
+        if wait_for(lambda: field.sampled("stays") > 50 and len(busy_workers()) == 2, ended):
+            field.fault()
+            told.append(busy_workers()[0])
+            os.kill(told[0], signal.SIGTERM)
+
+    def look(progress: Progress) -> None:
+        if told and not is_alive(told[0]):
+            strength.append(progress.workers["ready"])
+
+    with meanwhile(notice):
+        summary = field.run("stays", Watcher(look), resources={"workers": 2})
+    assert (summary.exit_code, summary.restarts, summary.discarded_tokens) == (0, 1, 0)
+    assert max(strength) == 2 and field.recovery_s("stays") is not None
+    assert field.store("stays").list(strikes_folder(summary.run_id)) == ()
+    field.check("stays", expected, losses=0, step_s=0.12)
 
 
 @pytest.mark.fault(18, "the engine fails for one row")

@@ -37,13 +37,13 @@ def install() -> None:
 def _arm() -> None:
     from batchrun.data.reader import ShardReader
     from batchrun.engine.engine import Engine
-    from batchrun.engine.model_runner import ModelRunner, NextToken
+    from batchrun.engine.model_runner import ModelRunner, Pass
     from batchrun.engine.request import Request
     from batchrun.engine.scheduler import Step
     from batchrun.records import Shard
 
     faults: dict[Hashable, str] = {}
-    add, run, read = Engine.add, ModelRunner.run, ShardReader.__init__
+    add, launch, read = Engine.add, ModelRunner.launch, ShardReader.__init__
 
     def read_or_die(self: ShardReader, shard: Shard, *args: Any, **more: Any) -> None:
         if DEADLY in shard.path:
@@ -58,7 +58,7 @@ def _arm() -> None:
                 faults[request.key] = fault
         add(self, request)
 
-    def run_or_fail(self: ModelRunner, step: Step) -> list[NextToken]:
+    def launch_or_fail(self: ModelRunner, step: Step) -> list[Pass]:
         keys = [item.request.key for item in step.decodes]
         keys += [chunk.sequence.request.key for chunk in step.prefills]
         for key in keys:
@@ -67,11 +67,11 @@ def _arm() -> None:
                     os._exit(1)
                 case fault if fault == HANG:
                     _stand_still()
-        return run(self, step)
+        return launch(self, step)
 
     ShardReader.__init__ = read_or_die  # type: ignore[method-assign]
     Engine.add = add_and_look  # type: ignore[method-assign]
-    ModelRunner.run = run_or_fail  # type: ignore[method-assign]
+    ModelRunner.launch = launch_or_fail  # type: ignore[method-assign]
 
 
 def _stand_still() -> None:

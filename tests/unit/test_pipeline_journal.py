@@ -381,18 +381,18 @@ def test_rows_in_flight_are_told_before_they_run(make: MakeRun) -> None:
     run = make(sums(12))
     pipeline = run.pipeline()
     pipeline.start(run.lease())
-    step = run.engine.runner.run
+    launch = run.engine.runner.launch
 
     def check(work: object) -> object:
         running = {(0, item.key[1]) for item in run.engine.running()}  # type: ignore[index]
         assert running <= run.flight.rows and len(run.flight.rows) <= 4
-        return step(work)  # type: ignore[arg-type]
+        return launch(work)  # type: ignore[arg-type]
 
-    run.engine.runner.run = check  # type: ignore[method-assign, assignment]
+    run.engine.runner.launch = check  # type: ignore[method-assign, assignment]
     try:
         run.end(pipeline)
     finally:
-        run.engine.runner.run = step  # type: ignore[method-assign]
+        run.engine.runner.launch = launch  # type: ignore[method-assign]
     assert {(0, ordinal) for ordinal in range(12)} in run.flight.seen  # as prompts
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from batchrun.engine.engine import Engine
-from batchrun.engine.model_runner import NextToken
+from batchrun.engine.model_runner import Pass
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request
 from batchrun.engine.scheduler import Step
@@ -471,17 +471,17 @@ def test_rows_are_announced_before_the_model_sees_them(random_folder: Path) -> N
 def limited(engine: Engine, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the device have memory for steps of ``most`` sequences; the sizes of all steps."""
     sizes: list[int] = []
-    run_step = engine.runner.run
+    launch = engine.runner.launch
 
-    def run_or_fail(step: Step) -> list[NextToken]:
+    def launch_or_fail(step: Step) -> list[Pass]:
         sizes.append(len(step.decodes) + len(step.prefills))
         if sizes[-1] > most:
             for pool in (engine.runner.state.ssm, engine.runner.state.conv):
                 pool.fill_(torch.nan)
             raise torch.OutOfMemoryError("no memory for 1 GiB")
-        return run_step(step)
+        return launch(step)
 
-    monkeypatch.setattr(engine.runner, "run", run_or_fail)
+    monkeypatch.setattr(engine.runner, "launch", launch_or_fail)
     return sizes
 
 

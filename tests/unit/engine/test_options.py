@@ -23,6 +23,25 @@ def test_auto_is_float32_on_a_cpu() -> None:
     assert EngineOptions(device="cuda").torch_dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("device", "overlap", "deterministic", "overlaps"),
+    [
+        ("cuda", None, False, True),
+        ("cuda", False, False, False),
+        ("cuda", None, True, False),
+        ("cpu", None, False, False),
+        ("cpu", True, False, True),
+        ("cpu", True, True, False),
+    ],
+)
+def test_steps_overlap_on_a_gpu(
+    device: str, overlap: bool | None, deterministic: bool, overlaps: bool
+) -> None:
+    """Unless it is turned off, and never where every token has a step of its own."""
+    options = EngineOptions(device=device, overlap=overlap, deterministic=deterministic)
+    assert options.overlaps is overlaps
+
+
 def test_free_memory_is_a_part_of_the_machines() -> None:
     """Something, and less than all."""
     free = EngineOptions(device="cpu").free_memory_bytes()

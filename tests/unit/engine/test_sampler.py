@@ -41,7 +41,7 @@ def sample(
             logprobs=any(p.logprobs is not None for p in params),
             banned=banned,
         ),
-    )
+    ).wait()
 
 
 def draw(logits: list[float], count: int, **params: float) -> Tensor:
@@ -207,9 +207,8 @@ def test_the_repetition_penalty_acts_on_prompt_and_output() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.9, -1.0]])
 
     def step() -> int:
-        return sampler.sample(
-            logits, torch.tensor([1]), torch.tensor([0]), Needs(penalty=True)
-        ).token_ids[0]
+        result = sampler.sample(logits, torch.tensor([1]), torch.tensor([0]), Needs(penalty=True))
+        return result.wait().token_ids[0]
 
     # 3 -> 1.5 by the prompt; then 1 is halved, then 2; then 0 leads again with 1.5.
     assert [step() for _ in range(4)] == [1, 2, 0, 0]

@@ -36,9 +36,11 @@ def test_a_small_model_steps_on_one_thread(
     """While it steps; the process around it keeps its own."""
     engine = make_engine(random_folder)
     seen = []
-    run = engine.runner.run
+    launch = engine.runner.launch
     monkeypatch.setattr(
-        engine.runner, "run", lambda step: (seen.append(torch.get_num_threads()), run(step))[1]
+        engine.runner,
+        "launch",
+        lambda step: (seen.append(torch.get_num_threads()), launch(step))[1],
     )
     run_one(engine, [30, 31], max_tokens=2, ignore_eos=True)
     assert seen == [1, 1]
