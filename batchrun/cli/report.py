@@ -81,7 +81,7 @@ def _check_folder(path: Path) -> None:
     """Refuse a place in no folder before anything is read."""
     if not path.parent.is_dir():
         raise click.UsageError(
-            f"-o {path}: {path.parent} is no folder; make it first, or give another place"
+            f"-o {path}: there is no folder {path.parent}; make it first, or give another"
         )
 
 

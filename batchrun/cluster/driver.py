@@ -25,7 +25,7 @@ from batchrun.cluster.connection import Cluster
 from batchrun.cluster.opening import CheckedJob, check
 from batchrun.cluster.story import Story
 from batchrun.cluster.summary import Retried, Summary, retry_text
-from batchrun.cluster.tally import Tally
+from batchrun.cluster.tally import Progress, Tally
 from batchrun.cluster.view import NoView, View
 from batchrun.cluster.worker import TraceSource, WorkerSettings
 from batchrun.coordinator import RunState
@@ -431,7 +431,7 @@ class _Driver:
     def _end(self) -> Summary:
         """Manifest and ``_SUCCESS``, where the run came to its end; the summary."""
         assert self._outcome is not None
-        outcome, state = self._outcome, self._state
+        outcome = self._outcome
         self.close()
         if outcome.kind in (OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES):
             self._lock.check()
@@ -439,14 +439,22 @@ class _Driver:
         now = time.monotonic()
         progress = self._tally.progress(now, self._started, {})
         self._board.save(now, progress)
-        parts = {**self._opened.parts, **state.done}
-        counts = sum((part.counts for part in parts.values()), Counts())
+        summary = self._summary(progress, now)
+        if self._fleet is not None:  # else nothing was to do, and nothing is to tell
+            self._board.record(outcome.kind.value, outcome.message, summary.exit_code)
+        return summary
+
+    def _summary(self, progress: Progress, now: float) -> Summary:
+        assert self._outcome is not None
+        outcome, state = self._outcome, self._state
         retried = None
         if self._retry is not None:
             retried = Retried.of(self._retry, state.done, self._opened.num_unfinished)
+            parts = {**self._opened.parts, **state.done}
+            counts = sum((part.counts for part in parts.values()), Counts())
             outcome = replace(outcome, counts=counts, failed_rows=counts.failed_rows)
         generated = progress.generated
-        summary = Summary(
+        return Summary(
             name=self._checked.job.name,
             run_id=self._checked.run,
             output=self._checked.job.output.path,
@@ -470,9 +478,6 @@ class _Driver:
             startup_s=(self._ready_at or now) - self._started,
             retried=retried,
         )
-        if self._fleet is not None:  # else nothing was to do, and nothing is to tell
-            self._board.record(outcome.kind.value, outcome.message, summary.exit_code)
-        return summary
 
     def _finish(self, *, success: bool) -> None:
         """Manifest and ``_SUCCESS``. Of a retry a shard that failed has its part still, and of a

@@ -145,7 +145,7 @@ def test_an_output_without_a_run_is_named(tmp_path: Path) -> None:
 def test_a_page_that_cannot_be_written_says_so(ran: Work, tmp_path: Path) -> None:
     """Exit code 2; the place is named, with what to do, and nothing half written stays there."""
     code, _, err = call("report", ran.folder / "out", "-o", tmp_path / "missing" / "x.html")
-    assert 2 == code and f"{tmp_path / 'missing'} is no folder; make it first" in err
+    assert 2 == code and f"there is no folder {tmp_path / 'missing'}; make it first" in err
     (tmp_path / "x.html").mkdir()
     code, _, err = call("report", ran.folder / "out", "-o", tmp_path / "x.html")
     assert 2 == code and "x.html cannot be written: Is a directory; give another" in err
