@@ -10,9 +10,3 @@
 
 The scheduler never sees a tensor, the model runner never sees a queue.
 """
-
-import os
-
-# Torch asks once, before its first tensor, whether it may put large ones into huge pages. States
-# and weights are then read up to a fifth faster on a CPU: less time goes into addresses.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

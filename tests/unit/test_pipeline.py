@@ -361,7 +361,7 @@ def test_lost_storage_is_raised(setup: MakeSetup, monkeypatch: pytest.MonkeyPatc
     def refuse(part_file: PartFile, lease: Lease) -> Part:
         raise StorageError("the bucket is away")
 
-    monkeypatch.setattr(made.pipeline, "_publish", refuse)
+    monkeypatch.setattr(made.pipeline._saving, "_publish", refuse)
     with pytest.raises(StorageError, match="the bucket is away"):
         made.run()
     made.pipeline.close()
@@ -379,7 +379,7 @@ def test_a_foreign_object_in_a_parts_place_fails_its_lease_alone(
             raise ShardError("part-0 is not ours", "move it away")
         return publish(part_file, lease)
 
-    monkeypatch.setattr(made.pipeline, "_publish", refuse_first)
+    monkeypatch.setattr(made.pipeline._saving, "_publish", refuse_first)
     reports = made.run()
     assert [(f.lease.shard.number, f.message) for r in reports for f in r.failed] == [
         (0, "part-0 is not ours (move it away)")
@@ -394,7 +394,7 @@ def test_finish_publishes_what_is_complete(setup: MakeSetup) -> None:
         made.pipeline.start(made.lease(number))
     for _ in range(1000):
         made.pipeline._admit()
-        made.pipeline._step()
+        made.pipeline._rows.step()
         if made.pipeline._leases[0].writer.is_complete:
             break
     report = made.pipeline.finish(10.0)
@@ -459,7 +459,7 @@ def test_an_endless_answer_holds_up_nobody(
     made = setup([["What is 2+3?", "What is 4+4?"]], {"evaluate": evaluate},
                  {"a": pa.array(["5", "8"])})  # fmt: skip
     monkeypatch.setattr(
-        "batchrun.pipeline.completion_of",
+        "batchrun.openrows.completion_of",
         lambda row, output: replace(
             completion_of(row, output), completion="1" * 60 + "x" if row.index == 0 else "8"
         ),
@@ -522,7 +522,7 @@ def test_tool_calls_leave_the_text(setup: MakeSetup, monkeypatch: pytest.MonkeyP
         "8",
     ]
     monkeypatch.setattr(
-        "batchrun.pipeline.completion_of",
+        "batchrun.openrows.completion_of",
         lambda row, output: replace(completion_of(row, output), completion=said[row.index]),
     )
     job = {
@@ -557,7 +557,7 @@ def test_without_tools_a_call_is_text(setup: MakeSetup, monkeypatch: pytest.Monk
     """No tools, no column, nothing taken out of the text."""
     said = '<TOOLCALL>[{"name": "add", "arguments": {}}]</TOOLCALL>'
     monkeypatch.setattr(
-        "batchrun.pipeline.completion_of",
+        "batchrun.openrows.completion_of",
         lambda row, output: replace(completion_of(row, output), completion=said),
     )
     made = setup([sums(1)])
@@ -621,7 +621,7 @@ def test_the_ratio_to_the_bound_is_measured(
         known = replace(stats(), step_seconds=seconds, least_seconds=least)
         monkeypatch.setattr(engine, "stats", lambda known=known: known)
         if not gauges:
-            monkeypatch.setattr(made.pipeline, "_gauged", known)
+            monkeypatch.setattr(made.pipeline._gauges, "_before", known)
         gauges.append(made.pipeline.work(0.0).metrics.gauges.get((ROOFLINE.name, ())))
     made.pipeline.close()
     assert gauges == [None, 0.25, None, 0.5]

@@ -144,7 +144,7 @@ class Run:
             item.reader._next.result()
         for _ in range(count):
             pipeline._admit()
-            pipeline._step()
+            pipeline._rows.step()
 
     def whole(self, **lease: Mapping[int, str]) -> tuple[list[dict[str, object]], WorkReport]:
         """The part, made by a new worker, and its last report."""
@@ -232,7 +232,7 @@ def test_a_killed_worker_loses_what_came_after_its_last_flush(make: MakeRun) -> 
     for step in range(60):
         run.steps(pipeline, 1)
         run.clock += 1.0
-        pipeline._start_flushes()
+        pipeline._saving.flush_due(pipeline._leases, pipeline._rows.running)
         while any(item.flushing is not None for item in pipeline._leases):
             pipeline._collect(1.0, [], [])
         unsaved = pipeline._num_unsaved_tokens()
@@ -349,7 +349,7 @@ def test_what_storage_refuses_of_a_lease_costs_the_others_nothing(
     def refuse(*args: object) -> None:
         raise StorageError("the bucket is away")
 
-    monkeypatch.setattr(pipeline._writers[first.attempt], "flush", refuse)
+    monkeypatch.setattr(pipeline._saving._writers[first.attempt], "flush", refuse)
     report = pipeline.finish(10.0)
     assert [item.attempt for item in report.returned] == [first.attempt, second.attempt]
     begun = run.journals.read(run.setup.shards[0]).running
@@ -357,7 +357,7 @@ def test_what_storage_refuses_of_a_lease_costs_the_others_nothing(
     pipeline = run.pipeline()
     third = run.lease()
     pipeline.start(third)
-    monkeypatch.setattr(pipeline, "_publish", refuse)
+    monkeypatch.setattr(pipeline._saving, "_publish", refuse)
     while not pipeline._leases[0].has_all_rows:
         run.steps(pipeline, 1)
     report = pipeline.finish(10.0)
