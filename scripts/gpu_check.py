@@ -413,6 +413,7 @@ def run_checks(
             num_forced=0,
             max_model_len=min(config.max_position_embeddings, 2 * context),
             most_sequences=GPU_SEQUENCES if is_cuda else 5,
+            recorded_sequences=None if is_cuda else 0,
             graph_bytes=GRAPH_BYTES if is_cuda else 0,
             has_kernels=is_cuda,
         ),

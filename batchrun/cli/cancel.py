@@ -59,7 +59,7 @@ def _text(job: ClusterJob, by_itself: bool) -> str:
 def _ask(job: ClusterJob) -> bool:
     """Ask the run to drain; whether it can hear that."""
     from batchrun.data.cancel import request_cancel
-    from batchrun.data.run import find_run
+    from batchrun.data.jobrecord import find_run
     from batchrun.data.store import Store
 
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from batchrun import __version__
 from batchrun.cluster.chronicle import Chronicle
 from batchrun.data.history import Moment, write_history
-from batchrun.data.run import OpenedRun
+from batchrun.data.resume import OpenedRun
 from batchrun.data.run import Progress as SavedProgress
 from batchrun.data.traffic import traffic
 from batchrun.errors import StorageError

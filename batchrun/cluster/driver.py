@@ -30,8 +30,8 @@ from batchrun.cluster.view import NoView, View
 from batchrun.cluster.worker import TraceSource, WorkerSettings
 from batchrun.coordinator import RunState
 from batchrun.data.lock import RunLock
+from batchrun.data.resume import OpenedRun
 from batchrun.data.retry import Retry, apply_staged
-from batchrun.data.run import OpenedRun
 from batchrun.data.strikes import read_strikes, write_strike
 from batchrun.data.sweeper import JournalSweeper
 from batchrun.errors import StorageError

@@ -13,7 +13,7 @@ from batchrun.data.checkpoints import find_checkpoint, is_remote, remote_fingerp
 from batchrun.data.inputs import InputFile, list_input
 from batchrun.data.layout import canonical_json, run_id
 from batchrun.data.plan import PlanRule
-from batchrun.data.run import (
+from batchrun.data.resume import (
     OpenedRun,
     check_keepable,
     check_open,

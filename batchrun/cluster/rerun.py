@@ -11,7 +11,7 @@ from batchrun.cluster.driver import run_checked
 from batchrun.cluster.opening import check_retry
 from batchrun.cluster.summary import Summary
 from batchrun.cluster.view import NoView, View
-from batchrun.data.run import read_job
+from batchrun.data.jobrecord import read_job
 from batchrun.data.store import Store
 from batchrun.job import Job
 from batchrun.jobfile import JobSource, override_job

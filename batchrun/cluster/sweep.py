@@ -26,7 +26,7 @@ from batchrun.cluster.summary import Summary
 from batchrun.cluster.view import NoView, View
 from batchrun.cluster.worker import TraceSource
 from batchrun.coordinator import OutcomeKind
-from batchrun.data.run import find_run
+from batchrun.data.jobrecord import find_run
 from batchrun.data.store import Store
 from batchrun.errors import JobError, OutputError, Problem
 from batchrun.job import Job

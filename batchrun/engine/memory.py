@@ -48,9 +48,10 @@ class MemoryRequest:
     ``sequence_tokens`` is how many tokens of prompt and output a sequence is expected to reserve;
     slots and blocks are balanced for that. ``most_snapshots`` of shared prompt beginnings are kept
     at most, one for every 16 sequences but at least one, and fewer where they would cost length or
-    more than one in 16 of the sequences. ``has_kernels``: activations are those of fused kernels,
-    not of the plain operators. ``outside_bytes`` of the device are not the engine's, and stand in
-    the table alone.
+    more than one in 16 of the sequences. Decode steps of up to ``recorded_sequences`` are recorded
+    (None: of all), and their logits have one place beside the ``graph_bytes`` of the recordings.
+    ``has_kernels``: activations are those of fused kernels, not of the plain operators.
+    ``outside_bytes`` of the device are not the engine's, and stand in the table alone.
     """
 
     memory_bytes: int
@@ -62,6 +63,7 @@ class MemoryRequest:
     sequence_tokens: int | None = None
     most_sequences: int = CPU_SEQUENCES
     most_snapshots: int = 0
+    recorded_sequences: int | None = 0
     graph_bytes: int = 0
     has_kernels: bool = False
     outside_bytes: int = 0
@@ -91,6 +93,7 @@ class MemoryPlan:
     num_snapshot_blocks: int
     weight_bytes: int
     activation_bytes: int
+    recorded_logit_bytes: int
     graph_bytes: int
     slot_bytes: int
     block_bytes: int
@@ -112,7 +115,7 @@ class MemoryPlan:
     def used_bytes(self) -> int:
         """What the engine will use of ``memory_bytes``."""
         parts = (self.weight_bytes, self.state_bytes, self.kv_bytes)
-        return sum(parts) + self.activation_bytes + self.graph_bytes
+        return sum(parts) + self.activation_bytes + self.recorded_logit_bytes + self.graph_bytes
 
     @property
     def table(self) -> tuple[MemoryRow, ...]:
@@ -133,6 +136,7 @@ class MemoryPlan:
                 f"{tokens:,} tokens, {self.block_bytes // BLOCK_SIZE:,} bytes each",
             ),
             MemoryRow("activations", self.activation_bytes, "at the peak of a step"),
+            MemoryRow("logits of recorded steps", self.recorded_logit_bytes, "float32"),
             MemoryRow("CUDA graphs", self.graph_bytes, ""),
             MemoryRow("not the engine's", self.outside_bytes, "CUDA itself, and a margin"),
             MemoryRow("unused", self.memory_bytes - self.used_bytes, ""),
@@ -162,6 +166,7 @@ def plan_accelerator(
         num_forced=0,
         most_sequences=GPU_SEQUENCES,
         most_snapshots=MAX_SNAPSHOTS,
+        recorded_sequences=None,
         graph_bytes=GRAPH_BYTES,
         has_kernels=True,
         outside_bytes=accelerator.memory_bytes - accelerator.usable_bytes,
@@ -198,27 +203,35 @@ def _divide(config: ModelConfig, request: MemoryRequest, num_snapshots: int) -> 
     pass_bytes = _pass_bytes(config, request)
     spare_logits = pass_bytes // logit_bytes
 
+    def sampling_bytes(count: int) -> int:
+        return max(0, count - spare_logits) * logit_bytes
+
+    def recorded_bytes(count: int) -> int:
+        most = request.recorded_sequences
+        return (count if most is None else min(count, most)) * config.vocab_size * 4
+
     kept_tokens = min(USUAL_TOKENS, request.max_model_len or config.max_position_embeddings)
     snapshot_blocks = num_snapshots * _blocks(kept_tokens, 0) if block_bytes else 0
     # One scratch slot and one scratch block beside the sequences'.
     fixed_bytes = weight_bytes + pass_bytes + request.graph_bytes + slot_bytes + block_bytes
     left = request.memory_bytes - fixed_bytes
     left -= num_snapshots * slot_bytes + snapshot_blocks * block_bytes
-    if left < slot_bytes + block_bytes:
-        needed = fixed_bytes - weight_bytes + slot_bytes + block_bytes
+    one_bytes = slot_bytes + sampling_bytes(1) + recorded_bytes(1)
+    if left < one_bytes + block_bytes:
+        needed = fixed_bytes - weight_bytes + one_bytes + block_bytes
         raise CheckpointError(
             f"the model does not fit: its weights take {_mib(weight_bytes)}, one pass with "
             f"one sequence {_mib(needed)}, and there are {_mib(request.memory_bytes)} of memory",
             "use a device with more memory, a smaller model, dtype bfloat16, or quantization int8",
         )
-    most_blocks = (left - slot_bytes) // block_bytes if block_bytes else None
+    most_blocks = (left - one_bytes) // block_bytes if block_bytes else None
     max_model_len = _model_len(config, request, most_blocks)
     per_sequence = _blocks(max_model_len, request.num_forced) if block_bytes else 0
     usual_tokens = min(max_model_len, request.sequence_tokens or USUAL_TOKENS)
     usual = _blocks(usual_tokens, request.num_forced) * block_bytes if block_bytes else 0
 
     def fits(count: int, reserved_bytes: int) -> bool:
-        logits = max(0, count - spare_logits) * logit_bytes
+        logits = sampling_bytes(count) + recorded_bytes(count)
         return count * slot_bytes + reserved_bytes + logits <= left
 
     # One sequence of full length must find its blocks, and all of them those of a usual one.
@@ -238,10 +251,11 @@ def _divide(config: ModelConfig, request: MemoryRequest, num_snapshots: int) -> 
                 f"one sequence of {max_model_len:,} tokens must fit, so {max_sequences} run at "
                 f"once; with max_model_len {usual_tokens:,} it would be {bounded}"
             )
-    more_logits = max(0, max_sequences - spare_logits) * logit_bytes
+    more_logits = sampling_bytes(max_sequences)
     num_blocks = max_sequences * per_sequence
     if block_bytes:
-        for_blocks = left - max_sequences * slot_bytes - more_logits
+        logits = more_logits + recorded_bytes(max_sequences)
+        for_blocks = left - max_sequences * slot_bytes - logits
         num_blocks = min(num_blocks, for_blocks // block_bytes)
     return MemoryPlan(
         max_model_len=max_model_len,
@@ -253,6 +267,7 @@ def _divide(config: ModelConfig, request: MemoryRequest, num_snapshots: int) -> 
         num_snapshot_blocks=snapshot_blocks,
         weight_bytes=weight_bytes,
         activation_bytes=pass_bytes + more_logits,
+        recorded_logit_bytes=recorded_bytes(max_sequences),
         graph_bytes=request.graph_bytes,
         slot_bytes=slot_bytes,
         block_bytes=block_bytes,

@@ -143,6 +143,8 @@ class EngineOptions:
         """What the memory of this machine is divided by; ``num_forced`` tokens may be added to a
         sequence beyond its length."""
         is_gpu = self.torch_device.type == "cuda"
+        has_kernels = is_gpu and find_obstacle() is None
+        recorded = 1 if self.deterministic else None
         return MemoryRequest(
             memory_bytes=self.memory_bytes or self.free_memory_bytes(),
             precision=self.precision,
@@ -153,8 +155,9 @@ class EngineOptions:
             sequence_tokens=self.sequence_tokens,
             most_sequences=GPU_SEQUENCES if is_gpu else CPU_SEQUENCES,
             most_snapshots=MAX_SNAPSHOTS if self.prefix_states and not self.deterministic else 0,
+            recorded_sequences=recorded if has_kernels else 0,
             graph_bytes=GRAPH_BYTES if is_gpu else 0,
-            has_kernels=is_gpu and find_obstacle() is None,
+            has_kernels=has_kernels,
         )
 
     def free_memory_bytes(self) -> int:

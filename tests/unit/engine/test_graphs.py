@@ -6,6 +6,7 @@ On a CPU a recording is a function that is called again; what it reads and write
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from batchrun.engine.engine import Engine
 from batchrun.engine.graphs import bucket_sizes
+from batchrun.engine.memory import plan_memory
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Request
 from batchrun.model.batch import Batch, DecodeBatch
@@ -138,6 +140,25 @@ def test_deterministic_engines_record_one_size(random_folder: Path) -> None:
     assert {k: o.token_ids for k, o in outputs.items()} == {
         k: o.token_ids for k, o in expected.items()
     }
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_logits_of_recorded_steps_are_in_the_plan(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """As a row of the table, to the byte, and in what the engine may use."""
+    engine = make_engine(random_folder, deterministic=deterministic, max_sequences=5)
+    engine.runner.record(CallingRecorder())
+    assert engine.runner._graphs is not None
+    monkeypatch.setattr("batchrun.engine.options.find_obstacle", lambda: None)
+    options = replace(engine.options, device="cuda", dtype="float32", memory_bytes=1 << 30)
+    request = options.memory_request(num_forced=0)
+    plan = plan_memory(engine.config, request)
+    logits = [row.size_bytes for row in plan.table if row.name == "logits of recorded steps"]
+    assert logits == [engine.runner._graphs._logits.nbytes]
+    without = plan_memory(engine.config, replace(request, recorded_sequences=0))
+    assert plan.used_bytes == without.used_bytes + logits[0]
+    assert engine.memory.recorded_logit_bytes == 0  # a CPU records nothing
 
 
 def test_a_replay_reads_where_the_recording_read(random_folder: Path) -> None:

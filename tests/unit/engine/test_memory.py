@@ -45,8 +45,11 @@ def test_the_parts_fit_and_one_full_sequence_finds_its_blocks(
     gib: int, max_sequences: int | None
 ) -> None:
     """The table adds up to at most the memory; a sequence of max_model_len can be admitted."""
-    request = replace(A10, memory_bytes=gib * GIB, max_sequences=max_sequences)
+    request = replace(
+        A10, memory_bytes=gib * GIB, max_sequences=max_sequences, recorded_sequences=None
+    )
     plan = plan_memory(NANO, request)
+    assert plan.recorded_logit_bytes == plan.max_sequences * 131072 * 4
     assert sum(row.size_bytes for row in plan.table) == request.memory_bytes
     assert plan.used_bytes <= request.memory_bytes
     assert plan.num_blocks - 1 >= plan.blocks_per_sequence
@@ -127,13 +130,12 @@ LONG = replace(A10, max_model_len=24_576)
 def test_what_an_a10_holds(
     tokens: int, quantization: Quantization, state_dtype_bytes: int, published: int
 ) -> None:
-    """The known numbers of sequences, within one; those leave out the slot of padding rows and
-    have no snapshots."""
+    """The known numbers of sequences, within one; those leave out the slot of padding rows and the
+    logits of recorded steps, and have no snapshots."""
     precision = Precision(2, state_dtype_bytes, quantization)
     a10 = find_accelerator("A10")
-    plan = plan_accelerator(
-        NANO, a10, precision, max_model_len=tokens, sequence_tokens=tokens, most_snapshots=0
-    )
+    lengths = {"max_model_len": tokens, "sequence_tokens": tokens}
+    plan = plan_accelerator(NANO, a10, precision, **lengths, most_snapshots=0, recorded_sequences=0)
     assert abs(plan.max_sequences - published) <= 1
     assert plan.num_sequences_of(tokens) == plan.max_sequences
     assert plan.num_sequences_of(8 * tokens) <= plan.max_sequences // 8 + 1

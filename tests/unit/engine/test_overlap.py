@@ -14,15 +14,19 @@ from random import Random
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from batchrun.engine.engine import Engine
 from batchrun.engine.graphs import IN_FLIGHT
-from batchrun.engine.model_runner import Drawn, NextToken, Pass
+from batchrun.engine.model_runner import Drawn, ModelRunner, NextToken, Pass
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request
 from batchrun.engine.sampler import Needs, Sampling
 from batchrun.engine.scheduler import Step
 from batchrun.engine.thinking import ForcedClose
+from batchrun.model.hybrid import NemotronH
+from batchrun.model.ops.plain import PlainOps
 from batchrun.records import FinishReason, Generated, Message
 from tests.unit.engine.support import TINY, make_engine, run, run_one
 
@@ -158,7 +162,7 @@ def test_overlapping_steps_give_the_same_outputs(engines: tuple[Engine, Engine])
     while others are taken out. Sequences end in every way, many times."""
     overlapping, plain = engines
     found: Counter[str] = Counter()
-    for seed in range(6):
+    for seed in range(4):
         rng = Random(seed)
         requests = mixed(plain, rng)
         expected = run(plain, requests)
@@ -177,8 +181,8 @@ def test_overlapping_steps_give_the_same_outputs(engines: tuple[Engine, Engine])
         for place, output in {**stay, **gone}.items():
             assert_same(output, expected[place])
     ways = ("closed by force", "format", FinishReason.STOP, FinishReason.LENGTH)
-    assert min(found[way] for way in ways) > 8
-    assert overlapping.stats().prefix_tokens > 500
+    assert min(found[way] for way in ways) > 5
+    assert overlapping.stats().prefix_tokens > 300
 
 
 class Watched:
@@ -243,7 +247,7 @@ def test_an_end_that_is_not_foreseen_costs_a_row_and_no_token(
     engine = make_engine(random_folder, overlap=True, max_sequences=2)
     model = engine.runner.model
 
-    def stopping(batch: object, state: object) -> torch.Tensor:
+    def stopping(batch: object, state: object) -> Tensor:
         logits = model(batch, state)  # type: ignore[arg-type]
         logits[:, 12] = 1000.0
         return logits
@@ -271,7 +275,7 @@ def test_forced_tokens_count_for_the_penalty_at_once(
         monkeypatch.setattr(engine._admission, "_close", close)
         model = engine.runner.model
 
-        def fixed(batch: object, state: object, model: Callable = model) -> torch.Tensor:  # type: ignore[type-arg]
+        def fixed(batch: object, state: object, model: Callable = model) -> Tensor:  # type: ignore[type-arg]
             logits = torch.zeros_like(model(batch, state))
             logits[:, 60], logits[:, 61], logits[:, 64], logits[:, 62] = 2.0, 1.9, 1.8, 1.7
             return logits
@@ -309,9 +313,7 @@ def test_no_memory_with_a_step_in_flight(
             fail()
         return launch(step)
 
-    def sample_or_fail(
-        logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, needs: Needs
-    ) -> Sampling:
+    def sample_or_fail(logits: Tensor, slots: Tensor, positions: Tensor, needs: Needs) -> Sampling:
         if len(logits) > 4 and engine.stats().steps > 1 and phase == "sample":
             fail()
         return sample(logits, slots, positions, needs)
@@ -344,7 +346,7 @@ def test_a_row_that_broke_is_not_run_on(
     expected = run(engine, requests)
     model, num_broken = engine.runner.model, 0
 
-    def broken(batch: object, state: object) -> torch.Tensor:
+    def broken(batch: object, state: object) -> Tensor:
         nonlocal num_broken
         logits = model(batch, state)  # type: ignore[arg-type]
         if len(logits) == 3 and num_broken < 1:
@@ -395,3 +397,91 @@ def test_recorded_steps_read_their_tokens_by_slot(
     assert set(given) == {IN_FLIGHT} and len(given) > 20
     for place, output in outputs.items():
         assert output.token_ids == expected[place].token_ids
+
+
+class Shapes(PlainOps):
+    """Operators for tensors without contents: results have their shapes, states are left alone."""
+
+    rectangles = False
+
+    def causal_conv(self, x: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(x)
+
+    def ssd_scan(self, x: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(x)
+
+    def attention(self, q: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(q)
+
+
+class NoWaiting(TorchFunctionMode):
+    """Refuses what makes the host wait for a device: copies from ordinary memory to it, also where
+    torch makes them of lists. That a number of it is looked at, or a shape depends on one, a device
+    without contents refuses by itself."""
+
+    num_copies = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        waits = name == "tensor" and kwargs.get("device") == torch.device("meta")
+        if name in ("__getitem__", "__setitem__") and args[0].is_meta:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            waits = any(isinstance(part, list) for part in index)
+        if name in ("to", "copy_", "__setitem__"):
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            source, target = tensors[-1], func(*args, **kwargs) if name == "to" else tensors[0]
+            if source.device.type == "cpu" and target.is_meta:
+                self.num_copies += 1
+                waits = not kwargs.get("non_blocking")
+        assert not waits, f"{name}{args}"
+        return func(*args, **kwargs)
+
+
+def test_launching_and_sampling_wait_for_nothing(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, chunks, forced tokens, snapshots, recorded steps, and all that is sampled by, on a
+    device whose tensors have no contents: no number of it is read, and every copy to it is one that
+    need not be waited for. So the device can be given work while it has some."""
+    engine = make_engine(random_folder, overlap=True, max_sequences=5, max_batch_tokens=64)
+    meta, cpu = torch.device("meta"), engine.runner
+    with meta:
+        model = NemotronH(engine.config, Shapes())
+    runner = ModelRunner(
+        model,
+        engine.memory,
+        dtype=torch.float32,
+        state_dtype=torch.float32,
+        device=meta,
+        constraints=cpu.constraints,
+    )
+    # What would be pinned memory is ordinary memory here.
+    words = engine.config.vocab_size // 32 + 1
+    room = lambda rows, _: torch.empty(rows, words, dtype=torch.int32)  # noqa: E731
+    monkeypatch.setattr(runner.constraints, "_room", room)
+    kinds: Counter[str] = Counter()
+
+    def collect(drawn: list[Drawn]) -> list[NextToken]:
+        tokens = []
+        for one in drawn:
+            assert one.sampling.ids.device == meta
+            for sequence in one.sequences:
+                params = sequence.request.params
+                kinds["drawn"] += not params.greedy
+                kinds["bound"] += params.bound_to is not None
+                kinds["banned"] += sequence.transcript.num_sampled < params.min_tokens
+                kinds["forced"] += sequence.transcript.budget_hit
+                tokens.append(NextToken(sequence, rng.randrange(400), -1.0, True))
+        return tokens
+
+    monkeypatch.setattr(runner, "collect", collect)
+    engine.runner = runner
+    rng = Random(0)
+    with NoWaiting() as waiting:
+        run(engine, mixed(engine, Random(0))[:12])
+        runner.record(CallingRecorder())
+        run(engine, mixed(engine, Random(1))[:12])
+    assert waiting.num_copies > 400
+    assert min(kinds[kind] for kind in ("drawn", "bound", "banned", "forced")) > 3
+    assert engine.stats().prefix_tokens > 100
