@@ -50,22 +50,10 @@ from batchrun.model.ops.plain import PlainOps
 from batchrun.model.sizes import Precision
 from batchrun.model.state import State
 from batchrun.model.weights import random_model
+from bench.random_models import NANO_9B_V2
 
 CONFIGS = {
-    "9b-v2": ModelConfig(
-        vocab_size=131072,
-        hidden_size=4480,
-        layer_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-        intermediate_size=15680,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        head_dim=128,
-        mamba_num_heads=128,
-        mamba_head_dim=80,
-        ssm_state_size=128,
-        num_groups=8,
-        max_position_embeddings=131072,
-    ),
+    "9b-v2": NANO_9B_V2,
     "toy": ModelConfig(
         vocab_size=128,
         hidden_size=40,

@@ -9,9 +9,8 @@ from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
-from batchrun.data.footers import InputFile
 from batchrun.data.journal import delete_journal
-from batchrun.data.kept import check_columns, keep_parts, newest_run, read_kept_parts
+from batchrun.data.kept import read_kept_parts
 from batchrun.data.layout import (
     MANIFEST_NAME,
     PART_NAME,
@@ -21,7 +20,6 @@ from batchrun.data.layout import (
     failed_path,
     part_name,
     run_folder,
-    run_id,
     traces_path,
 )
 from batchrun.data.parts import (
@@ -31,35 +29,16 @@ from batchrun.data.parts import (
     part_metadata,
     part_to_json,
 )
-from batchrun.data.plan import (
-    Plan,
-    PlanChange,
-    PlanRule,
-    append_plan,
-    change_plan,
-    count_rows,
-    moved,
-    read_plan,
-)
-from batchrun.data.retry import Retry, begin_retry, recover, unfinished_shards
-from batchrun.data.schema import InputSchema
+from batchrun.data.retry import unfinished_shards
 from batchrun.data.store import Store
-from batchrun.data.writer import PartFile, PartFormat
-from batchrun.errors import (
-    BatchrunError,
-    OutputError,
-    OutputHeldError,
-    ShardError,
-    StorageError,
-)
-from batchrun.records import Counts, ErrorKind, Lease, Part, Shard
+from batchrun.data.writer import PartFile
+from batchrun.errors import BatchrunError, OutputError, ShardError, StorageError
+from batchrun.records import Counts, Lease, Part, Shard
+
+WAYS_ON = "choose another output, or run `batchrun discard OUTPUT` first"
+"""The hint where what an output holds cannot be gone on with."""
 
 _RECORD_THREADS = 16
-_WAYS_ON = "choose another output, or run `batchrun discard OUTPUT` first"
-_CHANGED_JOB_WAYS = (
-    "choose another output, run `batchrun discard OUTPUT` first, or submit with `--keep-finished`: "
-    "then finished parts stay and the rest runs with the new job"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +125,7 @@ class RunDirectory:
             for item in self.store.list(recursive=False)
             if PART_NAME.fullmatch(item.path)
         }
-        recorded = {
-            int(item.path.rpartition("/")[2].removesuffix(".json"))
-            for item in self.store.list(f"{run_folder(self.run)}/parts")
-        }
+        recorded = self.recorded_numbers()
         numbers = {shard.number for shard in shards}
         kept = read_kept_parts(self.store, self.run).parts
         found = {number: part for number, part in kept.items() if number in numbers}
@@ -176,13 +152,17 @@ class RunDirectory:
             check_part(self.store, part, sizes)
         return found
 
-    def recorded(self, shards: Sequence[Shard]) -> dict[int, Part]:
-        """The published parts by their commit records alone, kept ones too; only reads."""
-        kept = read_kept_parts(self.store, self.run).parts
-        present = {
+    def recorded_numbers(self) -> set[int]:
+        """The shards that have a commit record."""
+        return {
             int(item.path.rpartition("/")[2].removesuffix(".json"))
             for item in self.store.list(f"{run_folder(self.run)}/parts")
         }
+
+    def recorded(self, shards: Sequence[Shard]) -> dict[int, Part]:
+        """The published parts by their commit records alone, kept ones too; only reads."""
+        kept = read_kept_parts(self.store, self.run).parts
+        present = self.recorded_numbers()
         with ThreadPoolExecutor(_RECORD_THREADS) as pool:
             own = [shard for shard in shards if shard.number in present - kept.keys()]
             found = {part.shard: part for part in pool.map(self._read_record, own)}
@@ -338,56 +318,8 @@ class RunDirectory:
             return part_from_json(data or b"null")
         except (ValueError, TypeError) as error:
             raise OutputError(
-                f"output: {self.store.url}/{path} is damaged ({error})", _WAYS_ON
+                f"output: {self.store.url}/{path} is damaged ({error})", WAYS_ON
             ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedRun:
-    """A run ready to go on: all its shards, the types of its columns, and what is done.
-
-    With ``retry`` failed rows of ``parts`` are to be tried again, and ``shards`` are only those
-    that have a part; ``num_unfinished`` others are left as they are.
-    """
-
-    directory: RunDirectory
-    shards: tuple[Shard, ...]
-    schema: InputSchema
-    parts: Mapping[int, Part]
-    retry: Retry | None = None
-    num_unfinished: int = 0
-
-    @property
-    def total_rows(self) -> int:
-        """Rows of the whole input."""
-        return count_rows(self.shards)
-
-
-def check_output(
-    store: Store, semantic: Mapping[str, object], *, keep_finished: bool = False
-) -> None:
-    """Raise :class:`~batchrun.errors.OutputError` if the output holds anything but this run.
-
-    Only reads. Says what changed in the job, and the ways on. With ``keep_finished`` the run of
-    another job is nothing to object to.
-    """
-    run = run_id(semantic)
-    other = find_run(store)
-    if other is not None and other != run and not keep_finished:
-        changed = _differences(read_semantic(store, other), semantic)
-        raise OutputError(
-            f"output: {store.url} holds the run of another job; what changed: "
-            + ("; ".join(changed[:12]) or "unknown"),
-            _CHANGED_JOB_WAYS,
-        )
-    if other is None:
-        for item in store.list(recursive=False):
-            if item.path == SUCCESS or item.path.endswith(".parquet"):
-                raise OutputError(
-                    f"output: {store.url} already holds {item.path}, which no run of batchrun "
-                    "wrote",
-                    "choose an empty folder",
-                )
 
 
 def success_counts(counts: Counts) -> dict[str, object]:
@@ -397,265 +329,3 @@ def success_counts(counts: Counts) -> dict[str, object]:
     if counts.scores is not None:
         found["evaluation"] = counts.scores.report()
     return found
-
-
-def find_run(store: Store) -> str | None:
-    """The id of the run in this output, the newest where parts of earlier ones were kept."""
-    return newest_run(store)
-
-
-def require_run(store: Store) -> str:
-    """The id of the run in this output. Raises OutputError when there is none."""
-    run = find_run(store)
-    if run is None:
-        raise OutputError(
-            f"output: {store.url} holds no run of batchrun", "check the path, or submit a job"
-        )
-    return run
-
-
-def open_run(
-    store: Store,
-    semantic: Mapping[str, object],
-    resolved_job: Mapping[str, object],
-    files: Sequence[InputFile],
-    rule: PlanRule,
-    *,
-    keep_finished: PartFormat | None = None,
-) -> OpenedRun:
-    """Begin or resume the run of a job in ``store``; only while its lock is held.
-
-    With ``keep_finished``, which says what the job's parts look like, finished parts stay: those of
-    another job's run, and those of input that changed since. Only the rest is planned.
-
-    Raises OutputError when the output holds another job's run or foreign files, InputError when
-    a finished file changed or vanished or a new one does not fit. ``_SUCCESS`` goes before
-    anything new is planned.
-    """
-    keeps = keep_finished is not None
-    check_output(store, semantic, keep_finished=keeps)
-    store.sweep()
-    directory = RunDirectory(store, run_id(semantic), n=rule.n)
-    token = uuid.uuid4().hex
-    job = {"run_id": directory.run, "semantic": semantic, "job": resolved_job}
-    before = find_run(store)
-    if keep_finished is not None and before not in {None, directory.run}:
-        assert before is not None
-        _take_over(directory, before, files, rule, keep_finished, job)
-    recover(store, directory.run)
-    # Looked at first: a plan that cannot be made leaves no trace.
-    plan = read_plan(store, directory.run, rule.columns)
-    while True:
-        shards = tuple(plan.shards.values())
-        parts = directory.committed(shards) if shards else {}
-        change = change_plan(plan, files, rule, parts, keep_finished=keeps)
-        if plan.num_files and not change.added and not change.dropped:
-            break
-        _write_job(store, directory.run, job)
-        if change.added:
-            store.delete([SUCCESS])
-        if append_plan(store, directory.run, plan, change, token):
-            delete_journal(store, directory.run, change.dropped)
-            break
-        plan = read_plan(store, directory.run, rule.columns)
-    directory.clear_failed()
-    _refuse_strangers(directory, (*change.kept, *change.added))
-    return OpenedRun(directory, (*change.kept, *change.added), change.schema, parts)
-
-
-def check_run(store: Store, semantic: Mapping[str, object]) -> None:
-    """Raise OutputError unless the output holds the run of this job; says what differs."""
-    run = require_run(store)
-    if run != run_id(semantic):
-        changed = _differences(read_semantic(store, run), semantic)
-        raise OutputError(
-            f"output: {store.url} holds the run of another job, and a retry runs rows as they were "
-            "run; what differs: " + ("; ".join(changed[:12]) or "unknown"),
-            "give the job as it was submitted, or the output instead of the job file",
-        )
-
-
-def open_retry(
-    store: Store,
-    semantic: Mapping[str, object],
-    files: Sequence[InputFile],
-    rule: PlanRule,
-    kinds: Sequence[ErrorKind],
-) -> OpenedRun:
-    """Open the run of a job to try rows again that failed with one of ``kinds``; only while its
-    lock is held. Input that is new or has changed is none of its business.
-
-    Raises OutputError when the output holds another run, or none.
-    """
-    check_run(store, semantic)
-    store.sweep()
-    directory = RunDirectory(store, run_id(semantic), n=rule.n)
-    recover(store, directory.run)
-    plan = read_plan(store, directory.run, rule.columns)
-    if plan.schema is None:
-        raise OutputError(f"output: the run in {store.url} has no plan yet", "submit the job")
-    shards = moved(plan, files)
-    parts = directory.committed(shards)
-    finished = tuple(shard for shard in shards if shard.number in parts)
-    directory.clear_failed()
-    retry = begin_retry(store, directory.run, parts, kinds, rule.n)
-    num_unfinished = len(shards) - len(finished)
-    return OpenedRun(directory, finished, plan.schema, parts, retry, num_unfinished)
-
-
-def read_job(store: Store) -> tuple[Mapping[str, object], Mapping[str, object]]:
-    """What determines the content of the run in ``store``, and its whole job without secrets.
-
-    Raises OutputError when there is no run.
-    """
-    run = require_run(store)
-    path = f"{run_folder(run)}/job.json"
-    try:
-        record = json.loads(store.read(path) or b"null")
-        semantic, job = record["semantic"], record["job"]
-        if not (isinstance(semantic, dict) and isinstance(job, dict)):
-            raise ValueError("it holds no job")
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(
-            f"output: {store.url}/{path} is damaged ({error!r})", "give the job file instead"
-        ) from error
-    return semantic, job
-
-
-def _take_over(
-    directory: RunDirectory,
-    before: str,
-    files: Sequence[InputFile],
-    rule: PlanRule,
-    part_format: PartFormat,
-    job: Mapping[str, object],
-) -> None:
-    """Make the run of ``directory`` the one of its output, with the finished parts of ``before``.
-
-    The last step is the one that counts: cut off before it, the output holds the old run.
-    """
-    store, run = directory.store, directory.run
-    recover(store, before)
-    plan = read_plan(store, before, rule.columns)
-    shards = tuple(plan.shards.values())
-    old = RunDirectory(store, before, n=samples_per_row(store, before))
-    parts = old.committed(shards) if shards else {}
-    change = _keepable(store, before, plan, parts, files, rule, part_format)
-    store.delete([SUCCESS])
-    planned = read_plan(store, run, rule.columns)
-    wanted = {shard.number: shard for shard in (*change.kept, *change.added)}
-    new = PlanChange(
-        added=tuple(item for item in wanted.values() if planned.shards.get(item.number) != item),
-        dropped=tuple(number for number in planned.shards if number not in wanted),
-        kept=(),
-        schema=change.schema,
-    )
-    if new.added or new.dropped or not planned.num_files:
-        if not append_plan(store, run, planned, new, uuid.uuid4().hex):
-            raise OutputHeldError(f"another driver plans {store.url} too", "submit again")
-    kept = {number: part for number, part in parts.items() if number in wanted}
-    keep_parts(store, run, before, kept, wanted.values())
-    _write_job(store, run, job)
-    delete_journal(store, before)
-
-
-def check_keepable(
-    store: Store,
-    semantic: Mapping[str, object],
-    files: Sequence[InputFile],
-    rule: PlanRule,
-    part_format: PartFormat,
-) -> None:
-    """Raise OutputError unless a run of this job could take over what is finished in ``store``.
-
-    Only reads.
-    """
-    before = find_run(store)
-    if before is None or before == run_id(semantic):
-        return
-    plan = read_plan(store, before, rule.columns)
-    parts = RunDirectory(store, before).recorded(tuple(plan.shards.values()))
-    _keepable(store, before, plan, parts, files, rule, part_format)
-
-
-def _keepable(
-    store: Store,
-    before: str,
-    plan: Plan,
-    parts: Mapping[int, Part],
-    files: Sequence[InputFile],
-    rule: PlanRule,
-    part_format: PartFormat,
-) -> PlanChange:
-    """What becomes of the plan of the run ``before`` when its ``parts`` are kept; raises where
-    they would not fit beside parts of ``part_format``."""
-    change = change_plan(plan, files, rule, parts, keep_finished=True)
-    runs = read_kept_parts(store, before).runs
-    check_columns(store, parts.values(), runs, part_format.schema(change.schema.carried))
-    for shard in plan.shards.values():
-        if shard.number in parts and parts[shard.number].num_rows != shard.num_rows * rule.n:
-            raise OutputError(
-                f"output: the finished parts of {store.url} do not have {rule.n} samples a row",
-                _WAYS_ON,
-            )
-    return change
-
-
-def _write_job(store: Store, run: str, job: Mapping[str, object]) -> None:
-    """The job's record; while it is there, the output is known as this run's."""
-    data = json.dumps(job, indent=1).encode()
-    store.put_if_absent(f"{run_folder(run)}/job.json", data, uuid.uuid4().hex)
-
-
-def _refuse_strangers(directory: RunDirectory, shards: Sequence[Shard]) -> None:
-    """Raise for a Parquet file in the output that is no part of this run: readers would see it."""
-    store = directory.store
-    kept = read_kept_parts(store, directory.run).parts
-    names = {
-        kept[shard.number].name if shard.number in kept else part_name(directory.run, shard)
-        for shard in shards
-    }
-    for item in store.list(recursive=False):
-        if item.path.endswith(".parquet") and item.path not in names:
-            raise OutputError(
-                f"output: {store.url} holds {item.path}, which is no part of this run",
-                "move it away",
-            )
-
-
-def samples_per_row(store: Store, run: str) -> int:
-    """How many samples a row of the run has, as its job says."""
-    generation = read_semantic(store, run).get("generation")
-    found = generation.get("n") if isinstance(generation, dict) else None
-    return found if isinstance(found, int) else 1
-
-
-def read_semantic(store: Store, run: str) -> Mapping[str, object]:
-    """What determines the content of a run, as it was recorded; empty where that is damaged."""
-    data = store.read(f"{run_folder(run)}/job.json")
-    try:
-        semantic = json.loads(data or b"{}").get("semantic", {})
-    except (ValueError, AttributeError):
-        return {}
-    return semantic if isinstance(semantic, dict) else {}
-
-
-def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """``key: old -> new`` for every leaf that differs, in key order."""
-    before, after = _flat(old), _flat(new)
-    absent = "(not set)"
-    return [
-        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
-        for key in sorted({*before, *after})
-        if before.get(key, absent) != after.get(key, absent)
-    ]
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, Mapping) and value:
-        found: dict[str, str] = {}
-        for key, item in value.items():
-            found.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
-        return found
-    text = json.dumps(value, ensure_ascii=False)
-    return {prefix: text if len(text) <= 80 else text[:77] + "..."}

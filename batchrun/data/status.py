@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from batchrun.data.jobrecord import require_run, samples_per_row
 from batchrun.data.journal import read_journal
 from batchrun.data.kept import read_kept_parts
 from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS, journal_folder
 from batchrun.data.lock import Holder, is_live, read_lock
 from batchrun.data.plan import count_rows, read_plan
-from batchrun.data.run import Progress, RunDirectory, require_run, samples_per_row
+from batchrun.data.run import Progress, RunDirectory
 from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.data.jobrecord import require_run
 from batchrun.data.kept import KeptParts, read_kept_parts
 from batchrun.data.layout import FOLDER, SUCCESS, journal_folder, part_name, run_folder
 from batchrun.data.parts import RUN_KEY, part_from_json
 from batchrun.data.plan import count_rows, read_plan
 from batchrun.data.retry import is_cut_off
-from batchrun.data.run import RunDirectory, require_run, success_counts
+from batchrun.data.run import RunDirectory, success_counts
 from batchrun.data.schema import InputColumns
 from batchrun.data.store import Store
 from batchrun.errors import BatchrunError, OutputError

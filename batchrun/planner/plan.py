@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchrun.data.checkpoints import is_remote
-from batchrun.data.run import find_run, read_semantic
+from batchrun.data.jobrecord import find_run, read_semantic
 from batchrun.data.shards import plan_shards
 from batchrun.data.status import read_status
 from batchrun.data.store import Store

@@ -409,6 +409,14 @@ inline float added_up(Vector v) {
     return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
 }
 
+// Fetch rows of `size` numbers that are read soon.
+template <typename T>
+inline void fetch(const T *rows, int64_t count, int64_t stride, int64_t size) {
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t j = 0; j < size; j += LINE / sizeof(T))
+            __builtin_prefetch(rows + r * stride + j);
+}
+
 const int FEW = 8;
 
 // The same for one token whose few heads would leave most lanes empty: numbers of a head side by
@@ -436,6 +444,13 @@ void attend_token(const T *q, const T *keys, const T *values, const int64_t *tab
         some = some < KEYS ? some : KEYS;
         some = some < count - at ? some : count - at;
         int64_t start = (table[at / block_size] * block_size + offset) * row_size + kv_head * d;
+        int64_t next = at + some;
+        fetch(values + start, some, row_size, d);
+        if (next < count) {
+            int64_t place = table[next / block_size] * block_size + next % block_size;
+            int64_t left = block_size - next % block_size;
+            fetch(keys + place * row_size + kv_head * d, left < KEYS ? left : KEYS, row_size, d);
+        }
         for (int64_t r = 0; r < some; r++) {
             memcpy(numbers, widened(keys + start + r * row_size, room, d), sizeof numbers);
             for (int64_t h = 0; h < sharing; h++) {

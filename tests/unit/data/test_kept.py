@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from batchrun.data.inputs import InputColumns, list_input
+from batchrun.data.jobrecord import find_run
 from batchrun.data.layout import SUCCESS, journal_folder, part_name, run_folder, run_id
 from batchrun.data.plan import PlanRule
+from batchrun.data.resume import OpenedRun, check_output, open_run
 from batchrun.data.retry import begin_retry
-from batchrun.data.run import OpenedRun, check_output, find_run, open_run
 from batchrun.data.status import discard, read_status
 from batchrun.data.store import Store
 from batchrun.data.verify import verify_run

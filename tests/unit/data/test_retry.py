@@ -18,8 +18,8 @@ from batchrun.data.journal import JournalWriter, read_journal
 from batchrun.data.layout import SUCCESS, journal_folder, retries_folder, run_id, strikes_folder
 from batchrun.data.plan import PlanRule
 from batchrun.data.reader import ShardReader
+from batchrun.data.resume import OpenedRun, open_retry
 from batchrun.data.retry import Retry, apply_staged, begin_retry, read_kept, stage_part
-from batchrun.data.run import OpenedRun, open_retry
 from batchrun.data.status import discard, read_status
 from batchrun.data.store import ObjectInfo, Store
 from batchrun.data.strikes import write_strike

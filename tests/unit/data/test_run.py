@@ -18,7 +18,8 @@ from batchrun.data.lock import Holder, LockState
 from batchrun.data.parts import part_from_json, part_to_json
 from batchrun.data.plan import PlanRule
 from batchrun.data.reader import ShardReader
-from batchrun.data.run import OpenedRun, Progress, check_output, open_run
+from batchrun.data.resume import OpenedRun, check_output, open_run
+from batchrun.data.run import Progress
 from batchrun.data.status import discard, read_status
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat, PartWriter
