@@ -31,6 +31,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"prompts", "judge"}),
     frozenset({"evaluate"}),
     frozenset({"coordinator", "data", "engine"}),
+    frozenset({"attempts"}),
     frozenset({"backlog", "canary", "crew", "meter"}),
     frozenset({"model"}),
     frozenset({"job", "manifest", "metrics"}),
