@@ -7,7 +7,8 @@ publishing is create-only.
 A lease is a set of rows of one shard. A shard is leased whole, or it is split: its ranges and its
 suspects are leased apart, and when all of them are done it is leased whole once more, to publish
 from the journal what is there. What is handed out next is :mod:`batchrun.backlog`'s to say, who is
-there and has room :mod:`batchrun.crew`'s; who gets what, and what follows from news, is said here.
+there and has room :mod:`batchrun.crew`'s, who has what :mod:`batchrun.attempts`'; who gets what,
+and what follows from news, is said here.
 
 - **Retry first**: what was given back stands first in line, as the journal may have most of it.
 - **Deaths**: rows that had a slot when a worker died leave the line and run apart from all others,
@@ -21,8 +22,8 @@ Work is constant for each event, but for what an event changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+from batchrun.attempts import Attempt, Attempts
 from batchrun.backlog import Backlog, Grant
 from batchrun.canary import Canary
 from batchrun.crew import MIN_LEASE_ROWS, Crew
@@ -93,16 +94,6 @@ MAX_LOAD_FAILURES = 3
 _LOAD_RETRY_S = 60.0
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """A lease that a living worker has. ``twin`` is the other attempt at the same rows."""
-
-    worker: str
-    grant: Grant
-    since: float
-    twin: str | None = None
-
-
 class RunState:
     """The run. ``done`` are parts published before; ``epoch`` is the run lock's.
 
@@ -157,10 +148,7 @@ class RunState:
         self._now = 0.0
         self._num_started = 0
         self._num_attempts = 0
-        self._num_leased = 0  # rows that living leases cover
-        self.attempts: dict[str, _Attempt] = {}  # of living leases
-        self._of_shard: dict[int, list[str]] = {}  # attempts by shard
-        self._single: dict[str, None] = {}  # attempts that may get a twin, oldest first
+        self.attempts = Attempts()
         self._penalty: str | None = None  # a worker that runs dry to isolate suspects
         self._load_failures = 0
         self._no_start_before = 0.0
@@ -281,26 +269,13 @@ class RunState:
 
     # -- facts about leases ----------------------------------------------------------------
 
-    def _release(self, attempt: str) -> _Attempt | None:
+    def _release(self, attempt: str) -> Attempt | None:
         """Forget an attempt; None when it is not known, or not any more."""
-        found = self.attempts.pop(attempt, None)
-        if found is None:
-            return None
-        number = found.grant.shard
-        self._num_leased -= len(found.grant.rows)
-        self._of_shard[number].remove(attempt)
-        if not self._of_shard[number]:
-            del self._of_shard[number]
-        self._single.pop(attempt, None)
-        self.crew.take(found.worker, attempt)
-        self.backlog.end_lease(number)
+        found = self.attempts.remove(attempt)
+        if found is not None:
+            self.crew.take(found.worker, attempt)
+            self.backlog.end_lease(found.grant.shard)
         return found
-
-    def _part_twins(self, found: _Attempt) -> str | None:
-        """The other attempt at the same rows, if it still runs; it is alone from now on."""
-        if found.twin is not None:
-            self.attempts[found.twin].twin = None
-        return found.twin
 
     def _cancel(self, attempt: str) -> list[Command]:
         found = self._release(attempt)
@@ -311,7 +286,7 @@ class RunState:
         self.backlog.drop(number)
         return [
             command
-            for attempt in list(self._of_shard.get(number, ()))
+            for attempt in self.attempts.of_shard(number)
             for command in self._cancel(attempt)
         ]
 
@@ -331,7 +306,7 @@ class RunState:
             self._canary.settle(number, part.counts)
         return commands + self._end_shard(number)
 
-    def _on_work(self, found: _Attempt) -> list[Command]:
+    def _on_work(self, found: Attempt) -> list[Command]:
         """A lease has come to its end, which speaks for the device where rows were run for it."""
         item = self.backlog.open.get(found.grant.shard)
         member = self.crew.members.get(found.worker)
@@ -347,6 +322,7 @@ class RunState:
         commands: list[Command] = [SetAside(name, message) for name in sorted(self._aside - before)]
         for worker in self.crew.sitting_on(before - self._aside):
             self.crew.remove(worker)
+            self._meter.lose(worker)
             commands.append(StopWorker(worker))
         return commands
 
@@ -362,7 +338,7 @@ class RunState:
         commands = self._on_work(found)
         self._release(attempt)
         number = found.grant.shard
-        twin = self._part_twins(found)
+        twin = self.attempts.part(found)
         commands += [] if twin is None else self._cancel(twin)
         if found.grant.group is not None:
             self.backlog.acquit(found.grant)
@@ -396,7 +372,7 @@ class RunState:
 
     def _on_returned(self, attempt: str) -> None:
         found = self._release(attempt)
-        if found is not None and self._part_twins(found) is None:
+        if found is not None and self.attempts.part(found) is None:
             self.backlog.give_back(found.grant)
 
     def _on_failed(self, attempt: str, message: str) -> list[Command]:
@@ -434,7 +410,7 @@ class RunState:
         # The first in line is the last that is put there: so they keep their order.
         for found in reversed(held):
             number = found.grant.shard
-            if self._part_twins(found) is not None or number in self.failed:
+            if self.attempts.part(found) is not None or number in self.failed:
                 continue  # somebody else has the rows, or the shard was given up just now
             if strike is None or number not in strike.rows:
                 self.backlog.give_back(found.grant)
@@ -520,7 +496,9 @@ class RunState:
         """Rows that are kept for workers still to come, so that who is early does not take it all:
         for each its fair share of what is not done, as far as it fills an engine."""
         expected = self._num_expected()
-        fair = (self.backlog.num_rows + self._num_leased) // max(1, expected + self.crew.num_ready)
+        fair = (self.backlog.num_rows + self.attempts.num_rows) // max(
+            1, expected + self.crew.num_ready
+        )
         return expected * min(min_rows, fair)
 
     def _start_next(self, name: str, most: int) -> StartLease:
@@ -572,8 +550,7 @@ class RunState:
     def _speculate(self) -> list[Command]:
         """Give idle workers the oldest leases once more: the first to end counts."""
         commands: list[Command] = []
-        while self.crew.idle and self._single:
-            attempt = next(iter(self._single))
+        while self.crew.idle and (attempt := self.attempts.oldest_single()) is not None:
             found = self.attempts[attempt]
             if self._now - found.since < self._speculate_after_s:
                 break
@@ -585,14 +562,7 @@ class RunState:
         self._num_attempts += 1
         attempt = attempt_name(self._epoch, self._num_attempts)
         alone = grant.group is not None
-        self.attempts[attempt] = _Attempt(name, grant, self._now, twin)
-        self._num_leased += len(grant.rows)
-        self._of_shard.setdefault(grant.shard, []).append(attempt)
-        if twin is not None:
-            self.attempts[twin].twin = attempt
-            del self._single[twin]
-        elif not alone:
-            self._single[attempt] = None
+        self.attempts.add(attempt, Attempt(name, grant, self._now, twin))
         self.crew.give(name, attempt, alone=alone)
         lost = self.backlog.lease(grant)
         shard = self.shards[grant.shard]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batchrun.data.checkpoints import fetch
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.engine.chat import EncodedPrompt, PromptError
 from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
@@ -15,7 +15,6 @@ from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Output, Request, Timings
 from batchrun.engine.tokenizer import Tokenizer
 from batchrun.errors import CheckpointError, RequestError
-from batchrun.job import TINY
 from batchrun.records import FinishReason, Message, ToolCall
 from batchrun.tools import as_call, parse_calls, tool_problems
 from batchrun.wording import dotted
@@ -241,16 +240,6 @@ class LLM:
             )
             for samples, (text, prompt) in zip(finished.values(), prompts, strict=True)
         ]
-
-
-def find_checkpoint(model: str, storage_options: Mapping[str, object] | None = None) -> Path:
-    """The local folder of a model: ``tiny``, a path as it is, or a URL once it is downloaded.
-
-    :raises CheckpointError: it is not there, or is no checkpoint.
-    """
-    if model == TINY:
-        return Path(__file__).parent / "models" / TINY
-    return fetch(model, dict(storage_options or {}))
 
 
 def _completion(output: Output) -> CompletionOutput:

@@ -34,7 +34,7 @@ from batchrun.leases import Journals, OpenLease
 from batchrun.metrics import WORKER_SECONDS, Recorder
 from batchrun.openrows import Flight, OpenRows
 from batchrun.records import Generated, Lease, Part, Row
-from batchrun.reports import FailedLease, FinishedLease, ReturnedLease, WorkReport
+from batchrun.reports import DRAIN_S, FailedLease, FinishedLease, ReturnedLease, WorkReport
 from batchrun.saving import Saving
 from batchrun.worklog import log_ended, log_gone, log_opened
 
@@ -42,8 +42,6 @@ MAX_LEASES = 3
 """Leases that a pipeline asks for at most: one that ends, one in the middle, one that begins."""
 BUILD_ROWS = 16
 """Rows that become prompts together."""
-DRAIN_S = 20.0
-"""The most that giving everything back may take."""
 
 _WINDOW = 1.25  # requests in the engine, running and waiting, for each sequence it can run
 _LOOKAHEAD = 16  # the same, as long as what waits is small: the order is better the more is known

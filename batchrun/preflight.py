@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from batchrun.data.checkpoints import fetch
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.data.footers import InputFile
 from batchrun.data.inputs import find_input
 from batchrun.data.schema import InputColumns, InputSchema
@@ -30,7 +30,7 @@ from batchrun.errors import (
 )
 from batchrun.evaluate import INSTALL_MATH, ScoreSpec, missing_library
 from batchrun.formats import ResponseFormat, slips
-from batchrun.job import TINY, Job
+from batchrun.job import Job
 from batchrun.jobfile import JobSource, KeyPath
 from batchrun.jobrules import OUTPUT_SCHEMES
 from batchrun.model.checkpoint import check_checkpoint, expected_tensors
@@ -245,11 +245,9 @@ class _Inspector:
                 self.checkpoint = ReadCheckpoint(folder, config, tokenizer, chat)
 
     def _checkpoint_folder(self) -> Path:
-        path = self.job.model.path
-        if path == TINY:
-            return Path(__file__).parent / "models" / TINY
         # A remote checkpoint's weights are downloaded by the workers, where they are needed.
-        return fetch(path, self.job.model_storage_options, weights=False)
+        model = self.job.model
+        return find_checkpoint(model.path, self.job.model_storage_options, weights=False)
 
     def _config(self, folder: Path) -> ModelConfig:
         is_remote = "://" in self.job.model.path and not self.job.model.path.startswith("file://")

@@ -18,6 +18,7 @@ from batchrun.data.history import History
 from batchrun.foretold import Foretold
 from batchrun.records import HEALING
 from batchrun.report import STATES, Report
+from batchrun.wording import duration
 
 _MAX_LINES = 8  # workers in one chart: more cannot be told apart
 _SMOOTH = 60  # points of a rate's line
@@ -48,7 +49,7 @@ def report_page(report: Report, foretold: Sequence[Foretold] = ()) -> str:
     environment.filters |= {
         "number": _number,
         "figure": _figure,
-        "duration": _duration,
+        "duration": duration,
         "money": _money,
     }
     kind, sentence = report.verdict
@@ -144,16 +145,3 @@ def _figure(value: float) -> str:
 
 def _money(value: float | None) -> str:
     return "" if value is None else f"{value:,.2f}"
-
-
-def _duration(seconds: float) -> str:
-    """``41 s``, ``12 min 5 s``, ``3 h 20 min``, ``2 d 4 h``."""
-    whole = round(seconds)
-    for unit, next_unit, size, next_size in (
-        ("d", "h", 86400, 3600),
-        ("h", "min", 3600, 60),
-        ("min", "s", 60, 1),
-    ):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // next_size} {next_unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

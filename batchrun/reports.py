@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from batchrun.metrics import MetricsDelta
 from batchrun.records import Counts, ErrorKind, Lease, Part
 
+DRAIN_S = 20.0
+"""The most that a worker which drains may take to give everything back."""
+
 
 @dataclass(frozen=True, slots=True)
 class FailedLease:

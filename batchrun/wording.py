@@ -54,6 +54,19 @@ def quoted(text: str, limit: int = 60) -> str:
     return f"'{safe[:limit]}…'" if len(safe) > limit else f"'{safe}'"
 
 
+def duration(seconds: float) -> str:
+    """``2.5 s``, ``41 s``, ``12 min 5 s``, ``3 h 20 min``, ``2 d 4 h``."""
+    whole = round(seconds)
+    for unit, next_unit, size, next_size in (
+        ("d", "h", 86400, 3600),
+        ("h", "min", 3600, 60),
+        ("min", "s", 60, 1),
+    ):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // next_size} {next_unit}"
+    return f"{round(seconds, 1):g} s" if seconds < 10 else f"{whole} s"
+
+
 def join_or(words: Sequence[str]) -> str:
     """``a, b or c``."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"

@@ -8,6 +8,7 @@ raises an error of :mod:`batchrun.errors`, which carries its exit code.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ class Batchrun(click.Group):
     ) -> Any:
         """Run, show an error as ``error: …`` and ``hint: …`` on stderr, and exit with its code."""
         arguments = list(sys.argv[1:] if args is None else args)
+        _fill_closed_streams()
         try:
             result = super().main(arguments, prog_name, complete_var, False, **extra)
             code = result if isinstance(result, int) else 0
@@ -119,6 +121,14 @@ def main() -> None:
 
     A job file names a model, Parquet files of prompts, and where the completions go.
     """
+
+
+def _fill_closed_streams() -> None:
+    """Give the bin to whoever closed a standard stream (``2>&-``). Left alone, its number would go
+    to the next file that is opened, and what Ray prints into that file."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def echo_error(text: str) -> None:

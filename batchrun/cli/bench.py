@@ -82,8 +82,8 @@ def command(
     need at least; overhead is the part of a decode step that is not the model.
     """
     from batchrun.bench import Workload, run_bench
+    from batchrun.data.checkpoints import find_checkpoint
     from batchrun.engine.options import EngineOptions
-    from batchrun.llm import find_checkpoint
 
     if output is not None and not output.absolute().parent.is_dir():
         raise click.UsageError(f"--output: there is no folder {output.parent}")

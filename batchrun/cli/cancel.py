@@ -39,14 +39,21 @@ def command(job_id: str, grace_s: float, address: str | None, as_json: bool) -> 
     job, by_itself = jobs.cancel(job_id, _ask, grace_s)
     if as_json:
         echo_json({**job.to_json(), "drained": by_itself})
-    elif by_itself:
-        echo_error(f"{job.id} is over ({job.state}); submit the job again to resume it")
     else:
-        echo_error(
-            f"{job.id} was ended by Ray ({job.state}); what it had saved is kept, submit the job "
-            "again to resume it"
-        )
+        echo_error(_text(job, by_itself))
     return 0
+
+
+def _text(job: ClusterJob, by_itself: bool) -> str:
+    """How the run ended, and what can be done now."""
+    if job.exit_code == 0:
+        return f"{job.id} is finished: nothing is left to stop"
+    if by_itself:
+        return f"{job.id} is over: {job.verdict}; submit the job again to resume it"
+    return (
+        f"{job.id} was ended by Ray: {job.verdict}; what it had saved is kept, submit the job "
+        "again to resume it"
+    )
 
 
 def _ask(job: ClusterJob) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchrun.cli.progress import duration
+from batchrun.wording import duration
 
 if TYPE_CHECKING:
     from batchrun.cluster.jobs import ClusterJob, ClusterJobs
@@ -37,14 +37,11 @@ def job_table(jobs: list[ClusterJob]) -> str:
     rows = [("ID", "STATE", "AGE", "TOOK", "OUTPUT")]
     now = time.time()
     for job in jobs:
-        state = job.state.value
-        if job.exit_code:
-            state += f" (exit {job.exit_code})"
         age = took = "--"
         if job.started_at is not None:
             age = duration(max(0.0, now - job.started_at))
             took = duration(max(0.0, (job.ended_at or now) - job.started_at))
-        rows.append((job.id, state, age, took, job.output))
+        rows.append((job.id, job.verdict, age, took, job.output))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])

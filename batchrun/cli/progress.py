@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from batchrun.wording import duration
+
 if TYPE_CHECKING:
     from rich.progress import BarColumn, TaskID
     from rich.progress import Progress as Bar
@@ -118,13 +120,3 @@ def progress_line(progress: Progress, width: int | None = None) -> str:
         parts[shorter] = states if long else ""
         line = " · ".join(part for part in parts.values() if part)
     return line
-
-
-def duration(seconds: float) -> str:
-    """``75.2`` → ``1m15s``, for people."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    minutes, secs = divmod(rest, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

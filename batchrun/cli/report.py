@@ -12,7 +12,6 @@ import click
 from batchrun.cli import echo_error
 from batchrun.cli.options import debug_option, echo_json
 from batchrun.cli.status import open_output
-from batchrun.errors import BatchrunError
 
 
 @click.command(epilog="Example: batchrun report out/demo -o demo.html")
@@ -52,6 +51,8 @@ def command(
     from batchrun.foretold import compare, read_plan_document
     from batchrun.report import read_report
 
+    if target not in (None, "-"):
+        _check_folder(Path(target))
     plan = None if plan_path is None else read_plan_document(plan_path)
     store = open_output(where)
     report = read_report(store, texts=not no_samples)
@@ -76,6 +77,14 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
 
 
+def _check_folder(path: Path) -> None:
+    """Refuse a place in no folder before anything is read."""
+    if not path.parent.is_dir():
+        raise click.UsageError(
+            f"-o {path}: there is no folder {path.parent}; make it first, or give another"
+        )
+
+
 def _write(path: Path, page: str) -> None:
     """Whole or not at all."""
     part = path.with_name(f"{path.name}.part")
@@ -85,6 +94,6 @@ def _write(path: Path, page: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise BatchrunError(
-            f"{path} cannot be written: {error.strerror}", "give another place with -o"
+        raise click.UsageError(
+            f"{path} cannot be written: {error.strerror}; give another place with -o"
         ) from error

@@ -15,9 +15,10 @@ import click
 
 from batchrun.cli import echo_error
 from batchrun.cli.options import echo_json
-from batchrun.cli.progress import ProgressView, duration
+from batchrun.cli.progress import ProgressView
 from batchrun.cli.scores import score_lines
 from batchrun.logs import log_file
+from batchrun.wording import duration
 
 if TYPE_CHECKING:
     from batchrun.cluster.summary import Retried, Summary
@@ -165,10 +166,9 @@ def summary_text(summary: Summary) -> str:
 
 
 def _retried_lines(retried: Retried) -> list[str]:
-    if retried.rows:
-        lines = [f"  {retried.done:,} rows were tried again, {retried.healed:,} of them healed"]
-    else:
-        lines = [f"  no row failed with {retried.names}: nothing to retry"]
+    lines = []
+    if retried.rows:  # else the beginning has said that there was nothing to do
+        lines.append(f"  {retried.done:,} rows were tried again, {retried.healed:,} of them healed")
     if retried.unfinished_shards:
         left = f"{retried.unfinished_shards:,} shards are not finished yet"
         lines.append(f"  {left}: submit the job to run them")

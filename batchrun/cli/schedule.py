@@ -171,6 +171,7 @@ def _crontab(
     env_file: str | None,
     environ: dict[str, str],
 ) -> str:
+    from batchrun.cluster.address import check_address
     from batchrun.schedule import CronCommand, crontab_line
 
     command = [*_program(), "submit", os.path.abspath(job_path)]
@@ -178,7 +179,9 @@ def _crontab(
         command += ["--set", override]
     if address is not None:
         command += ["--address", address]
-    if address or job.ray.address or environ.get("RAY_ADDRESS"):
+    place = address or job.ray.address or environ.get("RAY_ADDRESS")
+    if place:
+        check_address(place)
         command.append("--wait")
     if env_file is not None and not Path(env_file).is_file():
         raise click.UsageError(f"--env-file: {env_file} is no file")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from batchrun.cli.options import debug_option, echo_json, json_option
-from batchrun.cli.progress import duration
 from batchrun.cli.scores import score_lines
+from batchrun.wording import duration
 
 if TYPE_CHECKING:
     from batchrun.data.status import RunStatus

@@ -8,12 +8,12 @@ import click
 
 from batchrun.cli import echo_error
 from batchrun.cli.options import debug_option, echo_json, job_argument, json_option, set_option
-from batchrun.errors import JobError, OutputError, Problem
+from batchrun.errors import InputError, JobError, OutputError, Problem
 
 if TYPE_CHECKING:
     from batchrun.job import Job
     from batchrun.jobfile import JobSource
-    from batchrun.preflight import Facts
+    from batchrun.preflight import Facts, Inspection
 
 
 @click.command(epilog="Example: batchrun validate jobs/demo.yaml --set generation.max_tokens=256")
@@ -42,7 +42,7 @@ def command(job_path: str, overrides: tuple[str, ...], as_json: bool) -> int:
             facts = inspection.facts
             problems = in_order((*problems, *inspection.problems))
             if not problems:
-                problems = _held(reading.job, source)
+                problems = _opening(reading.job, source, inspection)
         if problems:
             raise JobError(problems)
     except JobError as error:
@@ -57,15 +57,17 @@ def command(job_path: str, overrides: tuple[str, ...], as_json: bool) -> int:
     return 0
 
 
-def _held(job: Job, source: JobSource) -> tuple[Problem, ...]:
-    """The problem that the output holds another job's run, or files of nobody's."""
-    from batchrun.cluster.opening import check_holder
+def _opening(job: Job, source: JobSource, inspection: Inspection) -> tuple[Problem, ...]:
+    """The problem for which a submit would not open the run: the output holds another job's run or
+    files of nobody's, or input changed after it was finished."""
+    from batchrun.cluster.opening import check_opening
 
     try:
-        check_holder(job)
-    except OutputError as error:
-        place, message = source.place(("output", "path")), error.message.removeprefix("output: ")
-        return (Problem(place, "output.path", message, error.hint),)
+        check_opening(job, inspection.files)
+    except (InputError, OutputError) as error:
+        side = "input" if isinstance(error, InputError) else "output"
+        message = error.message.removeprefix(f"{side}: ")
+        return (Problem(source.place((side, "path")), f"{side}.path", message, error.hint),)
     return ()
 
 

@@ -117,7 +117,7 @@ def _ray(start: bool) -> Iterator[Check]:
 
 
 def _model() -> Iterator[Check]:
-    from batchrun.llm import find_checkpoint
+    from batchrun.data.checkpoints import find_checkpoint
     from batchrun.model.checkpoint import check_checkpoint
 
     check_checkpoint(find_checkpoint("tiny"))

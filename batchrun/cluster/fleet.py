@@ -24,9 +24,8 @@ from batchrun.cluster.session import draining_nodes
 from batchrun.cluster.worker import Loaded, Worker, WorkerSettings
 from batchrun.errors import BatchrunError, OutputError, StorageError
 from batchrun.events import LossCause
-from batchrun.pipeline import DRAIN_S
 from batchrun.records import Lease
-from batchrun.reports import WorkReport
+from batchrun.reports import DRAIN_S, WorkReport
 
 WORK_S = 1.0
 """How long one call of a worker lasts; a lease reaches a busy worker within this time."""

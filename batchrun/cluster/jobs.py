@@ -24,22 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from batchrun import __version__
+from batchrun.cluster.address import HINT, check_address, find_dashboard
 from batchrun.cluster.places import located
-from batchrun.errors import ClusterError, JobError, Problem
+from batchrun.errors import ClusterError, InterruptedRunError, JobError, Problem
 from batchrun.job import Job, from_root
 
 _KEY = "batchrun."
 _JOB_FILE = "job.yaml"
 _POLL_S = 1.0
-_SCHEMES = ("http", "https", "ray")
-_MAX_PORT = 65535
-_ADDRESS_HINT = (
-    "give the dashboard's address, e.g. --address http://127.0.0.1:8265; in Kubernetes, "
-    "`kubectl port-forward service/CLUSTER-head-svc 8265` brings it to this machine"
-)
 _AGENT_S = 30.0  # how long a cluster may take to be able to run jobs after its dashboard answers
 
 
@@ -75,6 +71,14 @@ class ClusterJob:
     ended_at: float | None
     exit_code: int | None
 
+    @property
+    def verdict(self) -> str:
+        """How it is, for people. What Ray calls failed may be a run that was interrupted."""
+        if not self.exit_code:
+            return self.state.value
+        interrupted = self.exit_code == InterruptedRunError.exit_code
+        return f"{'interrupted' if interrupted else self.state.value} (exit {self.exit_code})"
+
     def to_json(self) -> dict[str, object]:
         """Plain values for one JSON document."""
         return {
@@ -99,9 +103,9 @@ class ClusterJobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        _check_address(address)
+        check_address(address)
         with _border(address):
-            self._client = JobSubmissionClient(address)
+            self._client = JobSubmissionClient(find_dashboard(address))
         # Its uploads and closed sockets are nobody's news.
         logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
@@ -301,32 +305,18 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "job"
 
 
-def _check_address(address: str) -> None:
-    """Refuse what is no address before Ray tries it for a minute."""
-    scheme, separator, place = address.rpartition("://")
-    host, _, port = place.rstrip("/").rpartition(":")
-    if separator:
-        is_address = scheme in _SCHEMES and place.strip("/") != ""
-    else:
-        is_address = address in ("auto", "local") or (
-            host != "" and port.isdecimal() and 0 < int(port) <= _MAX_PORT
-        )
-    if not is_address:
-        raise ClusterError(f"{address!r} is no address of a Ray dashboard", _ADDRESS_HINT)
-
-
 @contextmanager
 def _border(address: str) -> Iterator[None]:
-    """What Ray's client raises, as an error of this package. It knows no classes of its own:
+    """What Ray's client raises, as an error of this package. It has few classes of its own:
     ConnectionError, RuntimeError with the server's words, ValueError for a wrong address."""
     try:
         yield
     except (ConnectionError, OSError) as error:
         raise ClusterError(
             f"no Ray dashboard answers at {address!r}: {_first_line(error)}",
-            _ADDRESS_HINT,
+            HINT,
         ) from error
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (RayError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         hint = ""
         if "401" in str(error) or "authenti" in str(error).lower():
             hint = "the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batchrun import __version__
 from batchrun.cluster.places import located
-from batchrun.data.checkpoints import fetch, is_remote, remote_fingerprint
+from batchrun.data.checkpoints import find_checkpoint, is_remote, remote_fingerprint
 from batchrun.data.inputs import InputFile, list_input
 from batchrun.data.layout import canonical_json, run_id
 from batchrun.data.plan import PlanRule
 from batchrun.data.resume import (
     OpenedRun,
     check_keepable,
+    check_open,
     check_output,
     check_run,
     open_retry,
@@ -24,9 +25,8 @@ from batchrun.data.resume import (
 from batchrun.data.store import Store
 from batchrun.data.writer import PartFormat
 from batchrun.errors import JobError
-from batchrun.job import TINY, Job
+from batchrun.job import Job
 from batchrun.jobfile import JobSource
-from batchrun.llm import find_checkpoint
 from batchrun.model.checkpoint import checkpoint_fingerprint
 from batchrun.preflight import inspect_job
 from batchrun.prompts import input_columns
@@ -89,7 +89,8 @@ class CheckedJob:
         )
 
     @property
-    def _rule(self) -> PlanRule:
+    def rule(self) -> PlanRule:
+        """What of the job decides how its input is planned."""
         generation = self.job.generation
         return PlanRule(
             input_columns(self.job), generation.max_tokens, generation.n, self.job.input.limit
@@ -97,11 +98,11 @@ class CheckedJob:
 
     def check_keepable(self) -> None:
         """Raise OutputError unless what is finished in the output could stay; only reads."""
-        check_keepable(self.store, self.semantic, self.files, self._rule, self.part_format)
+        check_keepable(self.store, self.semantic, self.files, self.rule, self.part_format)
 
     def open(self) -> OpenedRun:
         """Begin or resume the run; only while its lock is held. See :func:`open_run`."""
-        rows, rule = self.job.input, self._rule
+        rows, rule = self.job.input, self.rule
         paths = rows.path if isinstance(rows.path, str) else list(rows.path)
         files = list_input(paths, rows.storage_options, known=self.files)
         if self.retry is not None:
@@ -125,21 +126,33 @@ def check(job: Job, source: JobSource | None, *, keep_finished: bool = False) ->
     inspection = inspect_job(job, source)
     if inspection.problems:
         raise JobError(inspection.problems)
-    folder, fingerprint = _look_at_checkpoint(job)
-    semantic = {**job.semantic(), "checkpoint": fingerprint}
-    store = Store.open(job.output.path, job.output.storage_options)
-    check_output(store, semantic, keep_finished=keep_finished)
-    checked = CheckedJob(
-        job,
-        store,
-        semantic,
-        read_license(folder),
-        files=inspection.files,
-        keep_finished=keep_finished,
-    )
+    checked = _checked(job, inspection.files, keep_finished=keep_finished)
+    check_output(checked.store, checked.semantic, keep_finished=keep_finished)
     if keep_finished:
         checked.check_keepable()
     return checked
+
+
+def check_opening(job: Job, files: tuple[InputFile, ...]) -> None:
+    """Raise what opening the run of ``job``, which is well otherwise, would raise; only reads.
+
+    Raises OutputError for an output that holds anything but its run, InputError for input that
+    changed after it was finished.
+    """
+    checked = _checked(job, files)
+    check_open(checked.store, checked.semantic, files, checked.rule)
+
+
+def _checked(job: Job, files: tuple[InputFile, ...], *, keep_finished: bool = False) -> CheckedJob:
+    folder, fingerprint = _look_at_checkpoint(job)
+    return CheckedJob(
+        job,
+        Store.open(job.output.path, job.output.storage_options),
+        {**job.semantic(), "checkpoint": fingerprint},
+        read_license(folder),
+        files=files,
+        keep_finished=keep_finished,
+    )
 
 
 def check_retry(
@@ -156,34 +169,22 @@ def check_retry(
     inspection = inspect_job(job, source)
     if inspection.problems:
         raise JobError(inspection.problems)
-    folder, fingerprint = _look_at_checkpoint(job)
-    semantic = {**job.semantic(), "checkpoint": fingerprint}
-    model = semantic["model"]
+    checked = replace(_checked(job, inspection.files), retry=kinds)
+    model = checked.semantic["model"]
     if model_path is not None and isinstance(model, dict):
-        semantic["model"] = {**model, "path": model_path}
-    store = Store.open(job.output.path, job.output.storage_options)
-    check_run(store, semantic)
-    return CheckedJob(
-        job, store, semantic, read_license(folder), files=inspection.files, retry=kinds
-    )
-
-
-def check_holder(job: Job) -> None:
-    """Raise OutputError if the output of a job that is well otherwise holds anything but its run.
-
-    Only reads.
-    """
-    semantic = {**job.semantic(), "checkpoint": _look_at_checkpoint(job)[1]}
-    check_output(Store.open(job.output.path, job.output.storage_options), semantic)
+        renamed = {**checked.semantic, "model": {**model, "path": model_path}}
+        checked = replace(checked, semantic=renamed)
+    check_run(checked.store, checked.semantic)
+    return checked
 
 
 def _look_at_checkpoint(job: Job) -> tuple[Path, str]:
     """The checkpoint's folder, of a remote one without its weights, and what pins its bytes."""
     path, options = job.model.path, job.model_storage_options
-    if path == TINY or not is_remote(path):
-        folder = find_checkpoint(path, options)
-        return folder, checkpoint_fingerprint(folder)
-    return fetch(path, options, weights=False), remote_fingerprint(path, options)
+    folder = find_checkpoint(path, options, weights=False)
+    if is_remote(path):
+        return folder, remote_fingerprint(path, options)
+    return folder, checkpoint_fingerprint(folder)
 
 
 def read_license(folder: Path) -> str | None:

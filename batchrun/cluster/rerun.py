@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from batchrun.cluster.driver import Cluster, NoView, View, run_checked
+from batchrun.cluster.connection import Cluster
+from batchrun.cluster.driver import run_checked
 from batchrun.cluster.opening import check_retry
 from batchrun.cluster.summary import Summary
+from batchrun.cluster.view import NoView, View
 from batchrun.data.jobrecord import read_job
 from batchrun.data.store import Store
 from batchrun.job import Job

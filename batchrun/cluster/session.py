@@ -16,11 +16,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from batchrun.cluster.address import find_dashboard, host_and_port
 from batchrun.cluster.capacity import Capacity, Node
 from batchrun.errors import ClusterError
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's floor is 75 MiB; results are a few hundred bytes each
-_REACH_S = 10.0
 _ANSWER_S = 2.0
 _LABEL = "accelerator_type:"  # how Ray names an accelerator among a node's resources
 _RAY_SETTER = "set_sigterm_handler"  # Ray's function that replaces the handler of SIGTERM
@@ -71,7 +71,8 @@ def _connect(address: str | None, num_workers: int, runtime_env: Mapping[str, ob
                 **common,
             )
         else:
-            _check_reachable(address)
+            if find_dashboard(address) != address:
+                raise ConnectionError("a dashboard listens there; the head has a port of its own")
             ray.init(address=address, **common)
     except Exception as error:  # Ray raises bare ones, when it starts too slowly for example
         if address is None:
@@ -84,13 +85,6 @@ def _connect(address: str | None, num_workers: int, runtime_env: Mapping[str, ob
             hint="start one with `ray start --head`, give --address, or use `batchrun submit`, "
             "which starts a Ray of its own on this machine",
         ) from error
-
-
-def _check_reachable(address: str) -> None:
-    """Raise OSError when nobody listens at ``address``; Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def read_capacity() -> Capacity:
@@ -132,9 +126,10 @@ def head_address() -> str:
 def head_answers(address: str) -> bool:
     """Whether somebody listens there. Asks the network, not Ray, whose calls would wait for a dead
     head until Ray ends this process."""
-    host, _, port = address.rpartition(":")
+    place = host_and_port(address)
+    assert place is not None
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        socket.create_connection(place, timeout=_ANSWER_S).close()
     except OSError:
         return False
     return True

@@ -46,11 +46,6 @@ class Retried:
             "unfinished_shards": self.unfinished_shards,
         }
 
-    @property
-    def names(self) -> str:
-        """The errors, for people."""
-        return ", ".join(kind.value for kind in self.errors)
-
 
 def retry_text(retry: Retry) -> str:
     """What a retry is about to do."""

@@ -18,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from batchrun.cluster.budgets import Budget
+from batchrun.cluster.connection import Cluster
 from batchrun.cluster.curve import BudgetResult, Curve, Spent, read_spent
-from batchrun.cluster.driver import Cluster, NoView, View, run_checked
+from batchrun.cluster.driver import run_checked
 from batchrun.cluster.opening import CheckedJob, check
 from batchrun.cluster.summary import Summary
+from batchrun.cluster.view import NoView, View
 from batchrun.cluster.worker import TraceSource
 from batchrun.coordinator import OutcomeKind
 from batchrun.data.jobrecord import find_run

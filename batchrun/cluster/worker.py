@@ -100,8 +100,8 @@ class Worker:
 
     def load(self) -> Loaded:
         """Load the engine; may take minutes. Raises CheckpointError and the like."""
+        from batchrun.data.checkpoints import find_checkpoint
         from batchrun.engine.engine import Engine
-        from batchrun.llm import find_checkpoint
 
         started = time.monotonic()
         self._log()

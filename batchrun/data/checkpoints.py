@@ -17,6 +17,7 @@ from batchrun.data.border import Role, border, filesystem, local_path, scheme_of
 from batchrun.data.footers import open_ranged
 from batchrun.data.remote import fingerprint_of
 from batchrun.errors import CheckpointError, StorageError
+from batchrun.job import TINY
 
 # Nothing else of a checkpoint is ever fetched: no pickles, no code.
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
@@ -31,6 +32,15 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     if own:
         return Path(own).expanduser() / "checkpoints"
     return Path.home() / ".cache" / "batchrun" / "checkpoints"
+
+
+def find_checkpoint(
+    model: str, storage_options: Mapping[str, object] | None = None, *, weights: bool = True
+) -> Path:
+    """The local folder of a model: ``tiny``, which ships with the package, else :func:`fetch`."""
+    if model == TINY:
+        return Path(__file__).parents[1] / "models" / TINY
+    return fetch(model, storage_options, weights=weights)
 
 
 def fetch(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -21,7 +21,7 @@ from batchrun.data.schema import InputColumns, InputSchema
 from batchrun.data.shards import plan_shards
 from batchrun.data.store import Store
 from batchrun.errors import InputError, OutputError
-from batchrun.records import Part, Shard
+from batchrun.records import Shard
 
 _SCHEMA = pa.schema(
     [
@@ -107,11 +107,11 @@ def change_plan(
     plan: Plan,
     files: Sequence[InputFile],
     rule: PlanRule,
-    parts: Mapping[int, Part],
+    parts: Container[int],
     *,
     keep_finished: bool = False,
 ) -> PlanChange:
-    """What the input as it is now makes of the plan. Pure.
+    """What the input as it is now makes of the plan, whose shards ``parts`` are finished. Pure.
 
     Raises :class:`~batchrun.errors.InputError` naming every file with a finished shard that
     changed or vanished; with ``keep_finished`` a file all of whose shards are finished stays as it

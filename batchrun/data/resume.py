@@ -93,6 +93,20 @@ def check_output(
                 )
 
 
+def check_open(
+    store: Store, semantic: Mapping[str, object], files: Sequence[InputFile], rule: PlanRule
+) -> None:
+    """Raise what :func:`open_run` would of a run that is begun; only reads."""
+    directory = RunDirectory(store, run_id(semantic), n=rule.n)
+    check_output(store, semantic)
+    if find_run(store) is None:
+        return
+    plan = read_plan(store, directory.run, rule.columns)
+    finished = directory.recorded_numbers() | read_kept_parts(store, directory.run).parts.keys()
+    change = change_plan(plan, files, rule, finished)
+    _refuse_strangers(directory, (*change.kept, *change.added))
+
+
 def check_run(store: Store, semantic: Mapping[str, object]) -> None:
     """Raise OutputError unless the output holds the run of this job; says what differs."""
     run = require_run(store)

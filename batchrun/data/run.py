@@ -125,10 +125,7 @@ class RunDirectory:
             for item in self.store.list(recursive=False)
             if PART_NAME.fullmatch(item.path)
         }
-        recorded = {
-            int(item.path.rpartition("/")[2].removesuffix(".json"))
-            for item in self.store.list(f"{run_folder(self.run)}/parts")
-        }
+        recorded = self.recorded_numbers()
         numbers = {shard.number for shard in shards}
         kept = read_kept_parts(self.store, self.run).parts
         found = {number: part for number, part in kept.items() if number in numbers}
@@ -155,13 +152,17 @@ class RunDirectory:
             check_part(self.store, part, sizes)
         return found
 
-    def recorded(self, shards: Sequence[Shard]) -> dict[int, Part]:
-        """The published parts by their commit records alone, kept ones too; only reads."""
-        kept = read_kept_parts(self.store, self.run).parts
-        present = {
+    def recorded_numbers(self) -> set[int]:
+        """The shards that have a commit record."""
+        return {
             int(item.path.rpartition("/")[2].removesuffix(".json"))
             for item in self.store.list(f"{run_folder(self.run)}/parts")
         }
+
+    def recorded(self, shards: Sequence[Shard]) -> dict[int, Part]:
+        """The published parts by their commit records alone, kept ones too; only reads."""
+        kept = read_kept_parts(self.store, self.run).parts
+        present = self.recorded_numbers()
         with ThreadPoolExecutor(_RECORD_THREADS) as pool:
             own = [shard for shard in shards if shard.number in present - kept.keys()]
             found = {part.shard: part for part in pool.map(self._read_record, own)}

@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from random_models import HYBRID_60M, TRANSFORMER_60M, random_model
+from random_models import HYBRID_60M, NANO_9B_V2, TRANSFORMER_60M, random_model
 from safetensors.torch import save_file
 
 from batchrun.engine.accelerators import find_accelerator
@@ -34,21 +34,6 @@ from batchrun.engine.roofline import predict
 from batchrun.model.config import ModelConfig
 from batchrun.model.equivalent import equivalent_transformer
 from batchrun.model.sizes import Precision, Quantization, count_weights
-
-NANO_9B_V2 = ModelConfig(
-    vocab_size=131072,
-    hidden_size=4480,
-    layer_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-    intermediate_size=15680,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    mamba_num_heads=128,
-    mamba_head_dim=80,
-    ssm_state_size=128,
-    num_groups=8,
-    max_position_embeddings=131072,
-)
 
 
 def write_checkpoint(folder: Path, config: ModelConfig) -> Path:

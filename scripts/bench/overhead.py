@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.cluster.driver import run_job
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.data.schema import InputSchema
 from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource
-from batchrun.llm import find_checkpoint
 from batchrun.prompts import input_columns
 from batchrun.records import Lease
 from batchrun.rowrequests import RequestBuilder

@@ -1,4 +1,5 @@
-"""Models with random weights for benchmarks: 60 million, a hybrid and a transformer of its size."""
+"""Models with random weights for checks and benchmarks: the published 9B configuration, and two of
+60 million, a hybrid and a transformer of its size."""
 
 from __future__ import annotations
 
@@ -10,6 +11,20 @@ from batchrun.model.config import ModelConfig
 from batchrun.model.equivalent import equivalent_transformer
 from batchrun.model.hybrid import NemotronH
 
+NANO_9B_V2 = ModelConfig(
+    vocab_size=131072,
+    hidden_size=4480,
+    layer_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    intermediate_size=15680,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    mamba_num_heads=128,
+    mamba_head_dim=80,
+    ssm_state_size=128,
+    num_groups=8,
+    max_position_embeddings=131072,
+)
 HYBRID_60M = ModelConfig(
     vocab_size=8192,
     hidden_size=640,

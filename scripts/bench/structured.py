@@ -14,11 +14,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Request
-from batchrun.llm import find_checkpoint
 from batchrun.records import Message
 
 RECORD = {

@@ -8,13 +8,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+
+from batchrun.cli import main
+from batchrun.cluster.connection import Cluster
+from batchrun.cluster.driver import run_checked
+from batchrun.cluster.opening import CheckedJob, check
+from batchrun.cluster.summary import Summary
+from batchrun.cluster.view import NoView
+from batchrun.job import parse_job
+from batchrun.jobfile import JobSource
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +99,56 @@ def work(tmp_path: Path) -> Work:
     return Work(tmp_path)
 
 
+class WarmRuns:
+    """Runs in this session's cluster, each in the workers of the one before where they could be its
+    own: most of a short run is the start of a worker. Workers that stay take up the cluster: end
+    them with :meth:`close` before a run that is no warm one."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._cluster: Cluster | None = None
+        self._made_for: object = None
+
+    def __call__(
+        self, raw: Mapping[str, object], *, keep_finished: bool = False, **options: Any
+    ) -> Summary:
+        """As :func:`batchrun.run`, with further ``options`` of
+        :func:`~batchrun.cluster.driver.run_checked`."""
+        source = JobSource.of_mapping(raw)
+        return self.checked(
+            check(parse_job(source), source, keep_finished=keep_finished), **options
+        )
+
+    def checked(self, checked: CheckedJob, **options: Any) -> Summary:
+        """A run of a job that was checked."""
+        job = checked.job
+        made_for = (
+            job.model,
+            job.resources,
+            job.generation.max_tokens,
+            options.get("deterministic"),
+        )
+        if self._cluster is None or made_for != self._made_for:
+            self.close()
+            cluster = Cluster(job, None, NoView(), keeps_workers=True)
+            self._cluster = self._stack.enter_context(cluster)
+            self._made_for = made_for
+        return run_checked(checked, self._cluster, started=time.monotonic(), **options)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._cluster = None
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def warm(cluster: str) -> Iterator[WarmRuns]:
+    """:class:`WarmRuns` of one file: in others, tests count and kill the workers of the session."""
+    runs = WarmRuns()
+    yield runs
+    runs.close()
+
+
 @dataclass
 class Command:
     """A ``batchrun`` process."""
@@ -132,6 +193,23 @@ def batchrun(tmp_path: Path) -> Iterator[Callable[..., Command]]:
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    """Calls ``batchrun`` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from tests.integration.conftest import Command, Work, sums
+from tests.integration.conftest import Call, Command, Work, sums
 
 _CLUSTER = """
 import sys
@@ -57,6 +59,9 @@ def dashboard() -> Iterator[str]:
     ports = _free_ports(4)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environ = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": path}
+    environ["RAY_metrics_report_interval_ms"] = "1000"  # instead of 10 s
+    # Where Ray notes which cluster of a machine its jobs belong to; others would write there too.
+    environ["RAY_TMPDIR"] = mkdtemp(prefix="ray-")
     environ.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
         [sys.executable, "-c", _CLUSTER, *map(str, ports)],
@@ -75,13 +80,14 @@ def dashboard() -> Iterator[str]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+        shutil.rmtree(environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 Start = Callable[..., Command]
 
 
 def test_a_run_is_submitted_and_followed_to_its_end(
-    work: Work, batchrun: Start, dashboard: str
+    work: Work, batchrun: Start, call: Call, dashboard: str
 ) -> None:
     """The id and the page come on stdout, what the run says on stderr, everything is done by
     workers on the nodes with the GPUs that the job asks for, and the exit code is the run's: 3 for
@@ -96,33 +102,33 @@ def test_a_run_is_submitted_and_followed_to_its_end(
     assert "1 of 40 rows failed" in err
     answered = {row["prompt"] for row in work.rows() if row["error"] is None}
     assert set(sums(39)) == answered and 40 == len(work.rows())
-    code, out, _ = batchrun("list", "--address", dashboard, "--json").end()
+    code, out, _ = call("list", "--address", dashboard, "--json")
     (listed,) = [item for item in json.loads(out) if item["id"] == job_id]
     assert (3, "failed", "out") == (listed["exit_code"], listed["state"], listed["name"])
     assert str(work.folder / "out") == listed["output"]
     assert listed["run_id"] in os.listdir(work.folder / "out/_batchrun")
-    code, out, _ = batchrun("logs", job_id, "--address", dashboard).end()
+    code, out, _ = call("logs", job_id, "--address", dashboard)
     assert 0 == code and "1 of 40 rows failed" in out
-    code, out, err = batchrun("retry", work.folder / "out", "--address", dashboard).end(120)
+    code, out, err = call("retry", work.folder / "out", "--address", dashboard)
     assert (3, url[: url.rindex("/")]) == (code, out.splitlines()[1].rpartition("/")[0]), err
     assert "nothing to retry: no row failed with engine, timeout, worker_lost" in err
 
 
 def test_an_invalid_job_is_refused_before_it_is_submitted(
-    work: Work, batchrun: Start, dashboard: str
+    work: Work, call: Call, dashboard: str
 ) -> None:
     """What can be known beforehand is known here, not minutes later on the cluster."""
     work.write("a", sums(3))
     job = work.job_file(input={"prompt_column": "nothing"})
-    code, out, err = batchrun("submit", job, "--address", dashboard).end()
+    code, out, err = call("submit", job, "--address", dashboard)
     assert 2 == code and "" == out
     assert "input.prompt_column" in err
-    _, out, _ = batchrun("list", "--address", dashboard, "--json").end()
+    _, out, _ = call("list", "--address", dashboard, "--json")
     assert str(work.folder / "out") not in [item["output"] for item in json.loads(out)]
 
 
 def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
-    work: Work, batchrun: Start, dashboard: str
+    work: Work, batchrun: Start, call: Call, dashboard: str
 ) -> None:
     """`cancel` asks the run to drain first, so it ends by itself with exit code 75. While it runs,
     Ray's dashboard and metrics say which run each actor works for and how far it is, and its log
@@ -133,9 +139,7 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     job = work.job_file(
         resources=GPUS, input={"overrides": ["max_tokens"]}, generation={"ignore_eos": True}
     )
-    code, out, _ = batchrun(
-        "submit", job, "--address", dashboard, "--json", "--log-file", "-"
-    ).end()
+    code, out, _ = call("submit", job, "--address", dashboard, "--json", "--log-file", "-")
     submitted = json.loads(out)
     assert 0 == code
     details = JobSubmissionClient(dashboard).get_job_info(submitted["id"])  # it knows the token
@@ -150,14 +154,10 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     names = {actor["name"]: actor["repr_name"] for actor in _actors(dashboard)}
     assert f"out {submitted['run_id'][:8]} worker 1-1" in names
     assert f"batchrun(out {submitted['run_id'][:8]} worker 1-1)" in names.values()
-    assert (
-        '"event": "shard_published"'
-        in batchrun("logs", submitted["id"], "--address", dashboard).end()[1]
-    )
+    _, out, _ = call("logs", submitted["id"], "--address", dashboard)
+    assert '"event": "shard_published"' in out
 
-    code, out, err = batchrun(
-        "cancel", submitted["id"], "--address", dashboard, "--grace", "60", "--json"
-    ).end(120)
+    code, out, err = call("cancel", submitted["id"], "--address", dashboard, "--json")
     cancelled = json.loads(out)
     assert 0 == code, err
     assert (True, 75) == (cancelled["drained"], cancelled["exit_code"])
@@ -165,20 +165,20 @@ def test_a_cancelled_run_keeps_what_it_has_and_goes_on_when_submitted_again(
     done = set(work.parts())
     assert 2 <= len(done) < 5
     limits = ("--set", "errors.row_timeout_s=1", "--set", "errors.max_failed_rows=120")
-    code, _, err = batchrun("submit", job, *limits, "--address", dashboard, "--wait").end(120)
+    code, _, err = call("submit", job, *limits, "--address", dashboard, "--wait")
     assert 0 == code, err
     assert "resuming" in err
     assert done < set(work.parts())
     assert 160 == len({row["id"] for row in work.rows()}) == len(work.rows())
 
 
-def test_what_is_not_there_is_named(batchrun: Start, dashboard: str) -> None:
+def test_what_is_not_there_is_named(call: Call, dashboard: str) -> None:
     """An unknown id and a cluster that does not answer are exit code 2 with a hint."""
     for command in ("logs", "cancel"):
-        code, out, err = batchrun(command, "no-such-run", "--address", dashboard).end()
+        code, out, err = call(command, "no-such-run", "--address", dashboard)
         assert 2 == code and "" == out
         assert "'no-such-run'" in err and "batchrun list" in err
-    code, _, err = batchrun("list", "--address", "http://127.0.0.1:1").end()
+    code, _, err = call("list", "--address", "http://127.0.0.1:1")
     assert 2 == code and "no Ray dashboard answers" in err and "hint:" in err
 
 

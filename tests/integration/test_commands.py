@@ -8,56 +8,48 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from batchrun.cli import main
-
-from .conftest import Command, Work, sums
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Calls ``batchrun`` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-Call = Callable[..., tuple[int, str, str]]
+from .conftest import ROOT, Call, Command, Work, sums
 
 
 def test_submit_status_discard(work: Work, batchrun: Callable[..., Command], call: Call) -> None:
-    """The life of a run: submit, look, submit again, discard."""
-    work.write("a", sums(3))
-    job = work.job_file()
+    """The life of jobs/demo.yaml, cut short: submit, with its accuracy for people and in JSON,
+    look, submit again, discard."""
+    demo = yaml.safe_load((ROOT / "jobs/demo.yaml").read_text())
+    demo["input"] |= {"path": str(ROOT / demo["input"]["path"]), "limit": 12}
+    demo |= {"output": {"path": str(work.folder / "out")}, "metrics": {"port": 0}}
+    job = work.folder / "demo.yaml"
+    job.write_text(json.dumps(demo))
     # A Ray of its own, started and stopped.
     code, out, err = batchrun("submit", job, "--json").end(timeout_s=90)
-    assert (code, json.loads(out)["rows"]["done"]) == (0, 3), err
-    assert "3/3" in err or "rows" in err
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["rows"]["done"] == 12
+    assert "12/12" in err or "rows" in err
     assert "Traceback" not in err
-    assert [row["completion"] is not None for row in work.rows()] == [True] * 3
+    assert [row["completion"] is not None for row in work.rows()] == [True] * 12
+    num_right = sum(row["correct"] is True for row in work.rows())
+    scores = told["evaluation"]
+    assert (scores["rows"], scores["samples"], scores["correct"]) == (12, 1, num_right)
+    assert num_right >= 10 and f"right   {num_right / 12:.1%}" in err
 
     code, out, err = call("status", work.folder / "out")
     assert (code, err) == (0, "")
-    assert "finished" in out and "3 of 3 done" in out
+    assert "finished" in out and "12 of 12 done" in out
     code, out, err = call("status", job, "--json")
     status = json.loads(out)
     assert (status["state"], status["rows"]) == (
         "finished",
-        {"total": 3, "done": 3, "failed": 0, "left": 0, "journaled": 0},
+        {"total": 12, "done": 12, "failed": 0, "left": 0, "journaled": 0},
     )
 
     # Nothing is left to do: no Ray is started for that.
     code, out, err = call("submit", job, "-q", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["rows"] == {
-        "total": 3,
-        "done": 3,
+        "total": 12,
+        "done": 12,
         "failed": 0,
         "journaled": 0,
         "generated": 0,
@@ -66,9 +58,9 @@ def test_submit_status_discard(work: Work, batchrun: Callable[..., Command], cal
     # A plan knows what is done, and how long it turned out to be.
     code, out, err = call("plan", job, "--accelerator", "A10G", "--json")
     plan = json.loads(out)
-    assert (code, plan["done_rows"], plan["durations"][0]["seconds"]["high"]) == (0, 3, 0)
+    assert (code, plan["done_rows"], plan["durations"][0]["seconds"]["high"]) == (0, 12, 0)
     made = [row["reasoning_tokens"] + row["completion_tokens"] for row in work.rows()]
-    assert plan["output"]["tokens_per_sample"]["expected"] == pytest.approx(sum(made) / 3)
+    assert plan["output"]["tokens_per_sample"]["expected"] == pytest.approx(sum(made) / 12)
     code, out, err = call("plan", job, "--accelerator", "A10G", "--set", "generation.seed=7")
     assert code == 0 and "submit will refuse it" in out
 

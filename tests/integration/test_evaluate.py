@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import pytest
 
 import batchrun
@@ -18,7 +15,7 @@ from batchrun.data.status import read_status
 from batchrun.data.store import Store
 from batchrun.errors import JobError, OutputError
 
-from .conftest import Command, Work, answer_of, sums
+from .conftest import WarmRuns, Work, answer_of, sums
 
 
 def write_sums(work: Work, name: str, count: int, start: int = 1) -> list[str]:
@@ -29,13 +26,12 @@ def write_sums(work: Work, name: str, count: int, start: int = 1) -> list[str]:
     return answers
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_run_knows_its_accuracy(work: Work) -> None:
+def test_a_run_knows_its_accuracy(work: Work, warm: WarmRuns) -> None:
     """`correct` stands last and is right row by row; everything that counts rows tells accuracy."""
     answers = [*write_sums(work, "a", 12), *write_sums(work, "b", 8, start=40)]
     work.write("c", ["What is 1+1?", None], answer=pa.array([None, "3"], pa.string()))
     evaluate = {"answer_column": "answer", "scorer": "number"}
-    summary = batchrun.run(work.raw(evaluate=evaluate, errors={"max_failed_rows": 1}))
+    summary = warm(work.raw(evaluate=evaluate, errors={"max_failed_rows": 1}))
     table = ds.dataset(work.folder / "out").to_table()
     assert table.column_names[-1] == "correct" and "answer" not in table.column_names
     rows = table.to_pylist()
@@ -56,21 +52,20 @@ def test_a_run_knows_its_accuracy(work: Work) -> None:
     assert f"  right   {share}" in status_text("out", status)
     assert f"  right   {share}" in summary_text(summary)
     # The same job again reads no row, and says the same.
-    again = batchrun.run(work.raw(evaluate=evaluate, errors={"max_failed_rows": 1}))
+    again = warm(work.raw(evaluate=evaluate, errors={"max_failed_rows": 1}))
     assert (again.generated_rows, again.counts) == (0, summary.counts)
 
 
-@pytest.mark.usefixtures("cluster")
-def test_samples_have_pass_at_k_and_a_vote(work: Work) -> None:
+def test_samples_have_pass_at_k_and_a_vote(work: Work, warm: WarmRuns) -> None:
     """With n samples, shares come from all of them; input that grows adds to the counts."""
     answers = write_sums(work, "a", 4)
     sections = {
         "generation": {"n": 3, "temperature": 1.0},
         "evaluate": {"answer_column": "answer", "scorer": "math"},
     }
-    batchrun.run(work.raw(**sections))
+    warm(work.raw(**sections))
     answers += write_sums(work, "b", 3, start=20)
-    summary = batchrun.run(work.raw(**sections))
+    summary = warm(work.raw(**sections))
     rows = work.rows()
     expected = [row["completion"] == answers[place // 3] for place, row in enumerate(rows)]
     assert [row["correct"] for row in rows] == expected
@@ -84,15 +79,14 @@ def test_samples_have_pass_at_k_and_a_vote(work: Work) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("cluster")
-def test_another_scorer_is_another_run(work: Work) -> None:
+def test_another_scorer_is_another_run(work: Work, warm: WarmRuns) -> None:
     """What decides `correct` is content: it cannot change below parts that are finished."""
     write_sums(work, "a", 2)
-    batchrun.run(work.raw(evaluate={"answer_column": "answer", "scorer": "exact"}))
+    warm(work.raw(evaluate={"answer_column": "answer", "scorer": "exact"}))
     with pytest.raises(OutputError, match=r'evaluate\.scorer: "exact" -> "number"'):
-        batchrun.run(work.raw(evaluate={"answer_column": "answer", "scorer": "number"}))
+        warm(work.raw(evaluate={"answer_column": "answer", "scorer": "number"}))
     with pytest.raises(OutputError, match="evaluate"):
-        batchrun.run(work.raw())
+        warm(work.raw())
 
 
 def test_a_column_that_is_not_there_is_found_first(work: Work) -> None:
@@ -101,19 +95,3 @@ def test_a_column_that_is_not_there_is_found_first(work: Work) -> None:
     with pytest.raises(JobError, match=r"evaluate\.answer_column.*no column 'anser'"):
         batchrun.run(work.raw(evaluate={"answer_column": "anser", "scorer": "exact"}))
     assert not (work.folder / "out").exists()
-
-
-def test_the_demonstration_is_scored(batchrun: Callable[..., Command], tmp_path: Path) -> None:
-    """jobs/demo.yaml, cut short, ends with its accuracy, for people and in JSON."""
-    out = tmp_path / "demo"
-    arguments = ["--set", f"output.path={out}", "--set", "input.limit=12", "--json"]
-    code, printed, said = batchrun(
-        "submit", "jobs/demo.yaml", *arguments, "--set", "metrics.port=0"
-    ).end(timeout_s=90)
-    assert code == 0, said
-    found = json.loads(printed)["evaluation"]
-    assert (found["rows"], found["samples"]) == (12, 1)
-    [part] = out.glob("part-*.parquet")
-    correct = pq.read_table(part)["correct"].to_pylist()
-    assert found["correct"] == sum(correct) >= 10
-    assert f"right   {sum(correct) / 12:.1%}" in said

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,17 +17,19 @@ import batchrun as package
 from batchrun.cluster.driver import run_job
 from batchrun.cluster.summary import Summary
 from batchrun.cluster.tally import Progress
+from batchrun.cluster.view import View
 from batchrun.data.cancel import request_cancel
 from batchrun.data.journal import read_journal
 from batchrun.data.layout import journal_folder, strikes_folder
 from batchrun.data.plan import read_plan
 from batchrun.data.schema import InputColumns
+from batchrun.data.status import read_status
 from batchrun.data.store import Store
 from batchrun.errors import InterruptedRunError
 from batchrun.job import parse_job
 from batchrun.jobfile import JobSource
 
-from .conftest import Command, Work, answer_of, sums, worker_pids
+from .conftest import Command, Work, answer_of, descendants, is_alive, sums, worker_pids
 from .faults import DIE, HANG
 from .test_failures import LONG, is_busy, meanwhile
 
@@ -54,7 +58,7 @@ class Told:
             self.do()
 
 
-def run(raw: dict[str, object], view: Told | None = None) -> Summary:
+def run(raw: dict[str, object], view: View | None = None) -> Summary:
     """Run a job in this session's cluster, equal to the byte."""
     job = parse_job(JobSource.of_mapping(raw))
     return run_job(job, deterministic=True, view=view or Told())
@@ -65,16 +69,71 @@ def store_of(work: Work, name: str) -> Store:
     return Store.open(str(work.folder / name))
 
 
+class Scraper:
+    """A view that reads the run's Prometheus endpoint each time it is shown progress."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.scrapes: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Learn where the endpoint is."""
+        if found := re.fullmatch(r"metrics: (http://\S+)", text):
+            self.url = found[1]
+
+    def __call__(self, progress: Progress) -> None:
+        """Scrape."""
+        with urllib.request.urlopen(self.url, timeout=5) as answer:
+            self.scrapes.append(answer.read().decode())
+
+    def values(self, series: str) -> list[float]:
+        """A series in each scrape, summed over its labels."""
+        pattern = re.compile(rf"^{series}(?:{{[^}}]*}})? (\S+)$", re.MULTILINE)
+        return [sum(float(x) for x in pattern.findall(text)) for text in self.scrapes]
+
+
+@dataclass
+class Undisturbed:
+    """A run in which nothing happened, and what its endpoint said meanwhile."""
+
+    work: Work
+    summary: Summary
+    scraper: Scraper
+
+
 @pytest.fixture(scope="module")
-def big(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """One big shard and a small one, and what one undisturbed worker makes of them in `out`."""
-    work = Work(tmp_path_factory.mktemp("big"))
+def undisturbed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """One big shard and a small one, and what one worker makes of them in `out`."""
+    work, scraper = Work(tmp_path_factory.mktemp("big")), Scraper()
     work.write("big", sums(NUM_ROWS))
     work.write("small", sums(2, start=200))
-    summary = run(work.raw(generation=LONG, resources={"max_sequences": 4}))
+    raw = work.raw(generation=LONG, resources={"max_sequences": 4}, metrics={"port": 0})
+    summary = run({"name": "my job", **raw}, scraper)
     assert (summary.exit_code, summary.restarts, summary.num_shards) == (0, 0, 2)
     assert summary.sampled_tokens == summary.generated_tokens
-    return work
+    return Undisturbed(work, summary, scraper)
+
+
+@pytest.fixture(scope="module")
+def big(undisturbed: Undisturbed) -> Work:
+    """The input of the undisturbed run, and its rows in `out`."""
+    return undisturbed.work
+
+
+def test_metrics_are_served_during_the_run(undisturbed: Undisturbed) -> None:
+    """Counters only grow, gauges say what is left, labels name job, run and worker."""
+    scraper = undisturbed.scraper
+    rows = scraper.values("batchrun_rows_total")
+    tokens = scraper.values("batchrun_tokens_total")
+    left = scraper.values("batchrun_rows_left")
+    assert rows == sorted(rows) and tokens == sorted(tokens) and tokens[-1] > 0
+    assert left[0] == NUM_ROWS + 2 and left == sorted(left, reverse=True)
+    assert max(scraper.values("batchrun_state_slots_used")) > 0
+    last = scraper.scrapes[-1]
+    assert f'job="my job",run="{undisturbed.summary.run_id}"' in last
+    assert re.search(r'batchrun_tokens_total{[^}]*kind="reasoning"[^}]*worker="[^"]+"', last)
+    with pytest.raises(OSError):
+        urllib.request.urlopen(scraper.url, timeout=1)
 
 
 def big_job(work: Work, name: str, **sections: dict[str, object]) -> dict[str, object]:
@@ -123,18 +182,27 @@ def test_a_big_shard_feeds_two_workers_and_outlives_one(big: Work) -> None:
 def test_nothing_that_was_journaled_is_generated_again(
     big: Work, batchrun: Callable[..., Command]
 ) -> None:
-    """After SIGKILL of the driver the next submit samples exactly the tokens that neither a part
-    nor the journal has."""
+    """SIGKILL of `batchrun submit`: its Ray and its workers go with it, and the next submit samples
+    exactly the tokens that neither a part nor the journal has."""
     raw = big_job(big, "killed", resources={"max_sequences": 4})
     path = big.job_file("killed", **{k: v for k, v in raw.items() if k != "output"})  # type: ignore[arg-type]
     command = batchrun("submit", path, "--deterministic")
     journal = big.folder / "killed" / "_batchrun"
     command.wait_until(lambda: len(list(journal.glob("*/journal/*/*"))) >= 3)
-    pids = [command.process.pid, *worker_pids(command.process.pid)]
-    for pid in pids:  # Ray would end the workers, but after a while in which they go on
-        os.kill(pid, signal.SIGKILL)
+    # Ray's two agents notice within a minute that their node is gone; they hold nothing.
+    below = {
+        pid: line for pid, line in descendants(command.process.pid).items() if "Agent" not in line
+    }
+    assert any("raylet" in line for line in below.values())
+    assert any("ray::Worker" in line for line in below.values())
+    command.process.kill()
     command.process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, below)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [line.strip() for pid, line in below.items() if is_alive(pid)] == []
     store = store_of(big, "killed")
+    assert not read_status(store).live
     [run_id] = store.folders("_batchrun")
     known = 0
     for shard in read_plan(store, run_id, InputColumns()).shards.values():
@@ -165,6 +233,7 @@ def test_a_drain_hands_over_every_token(big: Work) -> None:
     assert (summary.exit_code, summary.restarts, summary.discarded_tokens) == (0, 2, 0)
     assert summary.sampled_tokens == summary.generated_tokens
     assert big.rows("drained") == big.rows()
+    assert big.parts("drained") == big.parts()
 
 
 def test_cancelled_through_the_output(big: Work) -> None:

@@ -137,15 +137,19 @@ def test_a_browser_shows_the_page_without_sideways_scrolling(
 
 
 def test_an_output_without_a_run_is_named(tmp_path: Path) -> None:
-    """No run is exit code 2, a place that cannot be written exit code 1, each with a hint."""
+    """No run is exit code 2, with a hint."""
     code, _, err = call("report", tmp_path)
     assert 2 == code and "holds no run" in err and "hint:" in err
 
 
 def test_a_page_that_cannot_be_written_says_so(ran: Work, tmp_path: Path) -> None:
-    """The place is named, with what to do."""
+    """Exit code 2; the place is named, with what to do, and nothing half written stays there."""
     code, _, err = call("report", ran.folder / "out", "-o", tmp_path / "missing" / "x.html")
-    assert 1 == code and "cannot be written" in err and "-o" in err
+    assert 2 == code and f"there is no folder {tmp_path / 'missing'}; make it first" in err
+    (tmp_path / "x.html").mkdir()
+    code, _, err = call("report", ran.folder / "out", "-o", tmp_path / "x.html")
+    assert 2 == code and "x.html cannot be written: Is a directory; give another" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.html"]
 
 
 def test_a_plan_stands_beside_what_happened(ran: Work, tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ import hashlib
 import json
 import shutil
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from batchrun.cli import main
-from batchrun.cluster.driver import run_job
-from batchrun.cluster.rerun import recorded_job, retry_job
+from batchrun.cluster.opening import check_retry
+from batchrun.cluster.rerun import recorded_job
 from batchrun.cluster.summary import Retried, Summary
 from batchrun.data.local import LocalStore
 from batchrun.data.status import read_status
@@ -22,10 +24,9 @@ from batchrun.data.sweeper import JournalSweeper
 from batchrun.data.verify import verify_run
 from batchrun.errors import OutputError
 from batchrun.job import parse_job
-from batchrun.jobfile import JobSource
 from batchrun.records import HEALING
 
-from .conftest import Work, answer_of, sums
+from .conftest import WarmRuns, Work, answer_of, sums
 
 AT_ONCE, LATE = 1, 24  # tokens: of rows that end with their first step, and of others
 QUICK = {"reasoning": False, "n": 2, "temperature": 0.8, "ignore_eos": True}
@@ -57,16 +58,25 @@ def sections(**errors: object) -> dict[str, dict[str, object]]:
     }
 
 
-def run(raw: dict[str, object], **options: Any) -> Summary:
-    """Submit a job in this session's cluster, equal to the byte."""
-    return run_job(parse_job(JobSource.of_mapping(raw)), deterministic=True, **options)
+Run = Callable[..., Summary]
 
 
-def retry(work: Work, output: str, *overrides: str, **options: Any) -> Summary:
-    """Retry an output by what its run recorded."""
-    source, path = recorded_job(str(work.folder / output), overrides)
-    job = parse_job(source)
-    return retry_job(job, HEALING, source=source, model_path=path, deterministic=True, **options)
+@pytest.fixture(scope="module")
+def run(warm: WarmRuns) -> Run:
+    """Submits a job in this session's cluster, equal to the byte."""
+    return partial(warm, deterministic=True)
+
+
+@pytest.fixture(scope="module")
+def retry(warm: WarmRuns) -> Run:
+    """Retries an output by what its run recorded."""
+
+    def again(work: Work, output: str, *overrides: str, **options: Any) -> Summary:
+        source, path = recorded_job(str(work.folder / output), overrides)
+        checked = check_retry(parse_job(source), source, HEALING, path)
+        return warm.checked(checked, deterministic=True, **options)
+
+    return again
 
 
 def checksums(work: Work, output: str) -> dict[str, str]:
@@ -93,7 +103,7 @@ def short_of_time(work: Work, output: str) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Work:
+def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Work:
     """The rows, in `out` what becomes of them when all have time, in `late` when they have not."""
     work = Work(tmp_path_factory.mktemp("retry"))
     write_rows(work)
@@ -103,7 +113,7 @@ def undisturbed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Work:
     return work
 
 
-def test_a_shard_that_changed_cannot_be_retried_and_stays(undisturbed: Work) -> None:
+def test_a_shard_that_changed_cannot_be_retried_and_stays(undisturbed: Work, retry: Run) -> None:
     """Its neighbours are healed all the same, from where their files are now; exit code 3."""
     work = undisturbed
     shutil.copytree(work.folder / "late", work.folder / "other")
@@ -123,7 +133,12 @@ def test_a_shard_that_changed_cannot_be_retried_and_stays(undisturbed: Work) -> 
 
 
 def test_a_retry_heals_the_rows_that_failed_so(
-    undisturbed: Work, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    undisturbed: Work,
+    warm: WarmRuns,
+    run: Run,
+    retry: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It may be stopped, or die in the middle of replacing a part, and goes on; then the output is
     that of an undisturbed run, scores, counts and all, and a second retry has nothing to do."""
@@ -154,6 +169,7 @@ def test_a_retry_heals_the_rows_that_failed_so(
     with pytest.raises(OutputError, match=r"what differs: generation\.seed: 0 -> 1"):
         main(["retry", str(changed)], standalone_mode=False)
     work.job_file("late", **sections(row_timeout_s=60.0))
+    warm.close()
     capsys.readouterr()
     main(["retry", str(changed), "--deterministic", "--json"], standalone_mode=False)
     told = json.loads(capsys.readouterr().out)
@@ -173,7 +189,7 @@ def test_a_retry_heals_the_rows_that_failed_so(
 
 
 def test_finished_parts_stay_when_the_job_changes(
-    work: Work, cluster: str, monkeypatch: pytest.MonkeyPatch
+    work: Work, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that changed after an interrupt is refused with the ways on; with --keep-finished it
     runs the rest, and the books say what is whose. Going back is the same."""

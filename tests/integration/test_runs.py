@@ -26,7 +26,7 @@ from batchrun.errors import (
     OutputHeldError,
 )
 
-from .conftest import Work, answer_of, sums
+from .conftest import WarmRuns, Work, answer_of, sums
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -64,26 +64,26 @@ def test_rows_in_are_rows_out(work: Work) -> None:
     assert (success["rows"], success["failed_rows"], success["parts"]) == (60, 0, 3)
 
 
-def test_a_system_prompt_is_computed_once(work: Work) -> None:
+def test_a_system_prompt_is_computed_once(work: Work, warm: WarmRuns) -> None:
     """The end of the run says what that saved; the answers are those of a deterministic run, in
     which every row computes all of its prompt."""
     work.write("a", sums(40))
     given = {"system": "Answer the question, and show how you came to the answer. " * 3}
-    summary = batchrun.run(work.raw(input=given))
+    summary = warm(work.raw(input=given))
     num_tokens = sum(int(str(row["prompt_tokens"])) for row in work.rows())
     assert num_tokens / 2 < summary.prefix_tokens < num_tokens
     assert f"{summary.prefix_tokens:,} tokens of prompts were not comp" in summary_text(summary)
     assert summary.to_json()["prefix_tokens"] == summary.prefix_tokens
-    alone = batchrun.run(work.raw("alone", input=given), deterministic=True)
+    alone = warm(work.raw("alone", input=given), deterministic=True)
     assert alone.prefix_tokens == 0
     assert "were not computed again" not in summary_text(alone)
     assert work.rows("alone") == work.rows()
 
 
-def test_parts_say_where_they_come_from(work: Work) -> None:
+def test_parts_say_where_they_come_from(work: Work, warm: WarmRuns) -> None:
     """The schema metadata names version, job, model and the model's licence."""
     work.write("a", sums(2))
-    batchrun.run(work.raw())
+    warm(work.raw())
     [part] = work.parts()
     metadata = pq.read_schema(work.folder / "out" / part).metadata
     assert metadata[b"batchrun.version"] == batchrun.__version__.encode()
@@ -92,27 +92,27 @@ def test_parts_say_where_they_come_from(work: Work) -> None:
     assert json.loads(metadata[b"batchrun.job"])["generation"]["max_tokens"] == 64
 
 
-def test_bad_rows_end_in_the_output_and_in_exit_code_3(work: Work) -> None:
+def test_bad_rows_end_in_the_output_and_in_exit_code_3(work: Work, warm: WarmRuns) -> None:
     """Failed rows stand in the output; more than max_failed_rows of them is exit code 3."""
     work.write("a", ["What is 2+3?", None, "  ", "What is 4+4?"])
-    summary = batchrun.run(work.raw())
+    summary = warm(work.raw())
     assert (summary.exit_code, summary.failed_rows) == (3, 2)
     assert not (work.folder / "out" / "_SUCCESS").exists()
     rows = work.rows()
     assert [row["completion"] for row in rows] == ["5", None, None, "8"]
     assert str(rows[1]["error"]).startswith("invalid_prompt: ")
     # Within the tolerance the same run is a success, and nothing is generated again.
-    again = batchrun.run(work.raw(errors={"max_failed_rows": 0.5}))
+    again = warm(work.raw(errors={"max_failed_rows": 0.5}))
     assert (again.exit_code, again.failed_rows, again.generated_rows) == (0, 2, 0)
     assert json.loads((work.folder / "out" / "_SUCCESS").read_text())["failed_rows"] == 2
 
 
 @pytest.fixture(scope="module")
-def finished_once(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Work:
+def finished_once(tmp_path_factory: pytest.TempPathFactory, warm: WarmRuns) -> Work:
     """A finished run over one file of four rows."""
     work = Work(tmp_path_factory.mktemp("finished"))
     work.write("b", sums(4))
-    assert batchrun.run(work.raw()).exit_code == 0
+    assert warm(work.raw()).exit_code == 0
     return work
 
 
@@ -132,12 +132,12 @@ def test_finished_run_is_left_alone(finished: Work) -> None:
     assert len(seen) == 2
 
 
-def test_new_files_run_alone(finished: Work) -> None:
+def test_new_files_run_alone(finished: Work, warm: WarmRuns) -> None:
     """A grown folder: the new file is added, the parts that were there stay as they are."""
     out = finished.folder / "out"
     before = {name: (out / name).read_bytes() for name in finished.parts()}
     finished.write("a", sums(5, start=100))
-    summary = batchrun.run(finished.raw())
+    summary = warm(finished.raw())
     assert (summary.total_rows, summary.generated_rows) == (9, 5)
     assert {name: (out / name).read_bytes() for name in before} == before
     assert len(finished.parts()) == 2
@@ -165,7 +165,7 @@ def test_changed_finished_input_is_refused(finished: Work) -> None:
     assert len(finished.rows()) == 4
 
 
-def test_damaged_shard_fails_and_the_rest_is_done(work: Work) -> None:
+def test_damaged_shard_fails_and_the_rest_is_done(work: Work, warm: WarmRuns) -> None:
     """A corrupt page fails its shard (exit code 3), the others are published; mended, it runs."""
     work.write("b", sums(3))
     path = work.folder / "in" / "a.parquet"
@@ -173,7 +173,7 @@ def test_damaged_shard_fails_and_the_rest_is_done(work: Work) -> None:
     pq.write_table(table, path, compression="none", use_dictionary=False)
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
-    summary = batchrun.run(work.raw())
+    summary = warm(work.raw())
     assert (summary.exit_code, summary.outcome) == (3, OutcomeKind.TOO_MANY_FAILURES)
     [(name, why)] = summary.failed_shards.items()
     assert "a.parquet" in name and "damaged" in why
@@ -182,10 +182,10 @@ def test_damaged_shard_fails_and_the_rest_is_done(work: Work) -> None:
     assert (status.succeeded, len(status.failed_shards)) == (False, 1)
 
 
-def test_no_rows_are_a_success(work: Work) -> None:
+def test_no_rows_are_a_success(work: Work, warm: WarmRuns) -> None:
     """An input of 0 rows gives an empty part and exit code 0."""
     work.write("a", [])
-    summary = batchrun.run(work.raw())
+    summary = warm(work.raw())
     assert (summary.exit_code, summary.total_rows) == (0, 0)
     assert ds.dataset(work.folder / "out").to_table().num_rows == 0
 
@@ -217,19 +217,19 @@ def test_held_output_is_exit_code_4(work: Work) -> None:
     assert work.parts() == []
 
 
-def test_several_workers_give_the_same_texts(work: Work) -> None:
+def test_several_workers_give_the_same_texts(work: Work, warm: WarmRuns) -> None:
     """With --deterministic, two workers give the bytes that one gives, drawn at random."""
     for number in range(4):
         work.write(f"{number}", sums(3, start=1 + 3 * number))
     drawn = {"temperature": 3.0, "top_p": 1.0, "max_tokens": 16, "n": 2}
-    batchrun.run(work.raw("one", generation=drawn), deterministic=True)
+    warm(work.raw("one", generation=drawn), deterministic=True)
     raw = work.raw("two", generation=drawn, resources={"workers": 2, "max_sequences": 3})
-    batchrun.run(raw, deterministic=True)
+    warm(raw, deterministic=True)
     assert work.rows("one") == work.rows("two")
     assert len({str(row["reasoning"]) for row in work.rows("one")}) > 12
 
 
-def test_what_only_a_worker_finds_ends_the_run(work: Work) -> None:
+def test_what_only_a_worker_finds_ends_the_run(work: Work, warm: WarmRuns) -> None:
     """A model that memory cannot hold is said as it is, with exit code 2, and not retried."""
     from batchrun.llm import find_checkpoint
 
@@ -241,11 +241,11 @@ def test_what_only_a_worker_finds_ends_the_run(work: Work) -> None:
     (model / "config.json").write_text(json.dumps(config))
     raw = work.raw(model={"path": str(model), "max_model_len": 2**31 - 2})
     with pytest.raises(CheckpointError, match="memory") as caught:
-        batchrun.run(raw)
+        warm(raw)
     assert caught.value.exit_code == 2
 
 
-def test_s3_end_to_end(work: Work, s3_server: object) -> None:
+def test_s3_end_to_end(work: Work, s3_server: object, warm: WarmRuns) -> None:
     """Input, checkpoint and output in S3: the same rows as from disk."""
     import s3fs
 
@@ -263,10 +263,10 @@ def test_s3_end_to_end(work: Work, s3_server: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BATCHRUN_CACHE", str(work.folder / "cache"))
         raw = work.raw("out", input=place, output=there, model={"path": f"{url}/model"})
-        summary = batchrun.run(raw)
+        summary = warm(raw)
         assert summary.exit_code == 0
-        assert batchrun.run(raw).generated_rows == 0
-    batchrun.run(work.raw("local"))
+        assert warm(raw).generated_rows == 0
+    warm(work.raw("local"))
     parts = [f"s3://{name}" for name in fs.ls(f"{url}/out") if name.endswith(".parquet")]
     tables = [pq.read_table(part, filesystem=fs) for part in sorted(p[5:] for p in parts)]
     assert pa.concat_tables(tables).to_pylist() == work.rows("local")

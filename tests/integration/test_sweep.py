@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from batchrun.cli import main
 from batchrun.cluster import fleet
 from batchrun.cluster.budgets import parse_budgets
 from batchrun.cluster.curve import BudgetResult, Curve
-from batchrun.cluster.driver import NoView
 from batchrun.cluster.sweep import run_sweep
+from batchrun.cluster.view import NoView
 from batchrun.data.store import Store
 from batchrun.data.verify import verify_run
 from batchrun.errors import JobError, OutputError
 from batchrun.job import parse_job
 from batchrun.jobfile import JobSource
 
-from .conftest import Command, Work, answer_of, sums
+from .conftest import Command, WarmRuns, Work, answer_of, sums
 
 SECTIONS: dict[str, dict[str, object]] = {
     "generation": {"max_tokens": 64, "temperature": 0.7, "n": 2, "logprobs": 0, "seed": 4},
@@ -62,9 +62,16 @@ def close_rows(work: Work, output: str) -> list[dict[str, object]]:
     return rows
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.fixture
+def alone(cluster: str) -> Iterator[WarmRuns]:
+    """Runs without a sweep, of one test: a sweep in the next one needs the cluster for itself."""
+    runs = WarmRuns()
+    yield runs
+    runs.close()
+
+
 def test_a_budget_of_a_sweep_is_the_run_at_that_budget(
-    work: Work, monkeypatch: pytest.MonkeyPatch
+    work: Work, alone: WarmRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens, texts, counts and scores; for the answers alone, in workers that stay."""
     ended: list[object] = []
@@ -86,7 +93,7 @@ def test_a_budget_of_a_sweep_is_the_run_at_that_budget(
             "reasoning": reasoning,
             "max_thinking_tokens": item.budget.num_tokens,
         }
-        summary = batchrun.run(work.raw(f"alone-{name}", **{**SECTIONS, "generation": generation}))
+        summary = alone(work.raw(f"alone-{name}", **{**SECTIONS, "generation": generation}))
         assert work.rows(f"alone-{name}") == close_rows(work, f"sweep/budget-{name}")
         assert summary.counts == item.summary.counts
         assert summary.run_id == item.summary.run_id

@@ -31,6 +31,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"prompts", "judge"}),
     frozenset({"evaluate"}),
     frozenset({"coordinator", "data", "engine"}),
+    frozenset({"attempts"}),
     frozenset({"backlog", "canary", "crew", "devices", "meter"}),
     frozenset({"model"}),
     frozenset({"job", "manifest", "metrics"}),
@@ -177,6 +178,35 @@ def test_every_level_is_drawn() -> None:
     drawn = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
     real = {path.split("/")[0] for path in MODULES}
     assert drawn == real - {"__init__.py", "__main__.py"}
+
+
+def loaded_with(*modules: str) -> set[str]:
+    """The libraries that these modules load when they are imported, themselves or by others."""
+    libraries: set[str] = set()
+    seen: set[str] = set()
+    left = list(modules)
+    while left:
+        name = left.pop()
+        path = PACKAGE / "/".join(name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in seen or not path.is_file():
+            continue
+        seen.add(name)
+        left.append(name.rpartition(".")[0] or "batchrun")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for _, found in imports_of(ast.unparse(node), name):
+                    libraries.add(found.split(".")[0])
+                    left.append(found)
+    return libraries
+
+
+def test_the_driver_starts_without_the_engine() -> None:
+    """What a run needs beside its workers loads no model library: torch alone is some 190 MB."""
+    driver = loaded_with("batchrun.cluster.driver", "batchrun.cluster.fleet")
+    assert {"ray", "pyarrow"} <= driver
+    assert not {"torch", "safetensors", "llguidance", "triton"} & driver
+    assert "torch" in loaded_with("batchrun.pipeline")
 
 
 def test_command_line_starts_light() -> None:

@@ -193,9 +193,8 @@ def test_a_short_lease_writes_no_journal(make: MakeRun) -> None:
         {"stop": ["7"], "temperature": 0.0, "max_tokens": 64, "ignore_eos": False, "n": 1},
     ],
 )
-@pytest.mark.parametrize("num_steps", [1, 25, 45])
 def test_a_worker_that_drains_hands_over_every_token(
-    make: MakeRun, generation: dict[str, object], num_steps: int
+    make: MakeRun, generation: dict[str, object]
 ) -> None:
     """Whatever runs when the work has to stop goes on at another worker at that very token: the
     part is that of an undisturbed run, to the byte, and nothing is sampled twice."""
@@ -204,18 +203,19 @@ def test_a_worker_that_drains_hands_over_every_token(
     before = sampled(undisturbed)
     expected, _ = undisturbed.whole()
     cost = sampled(undisturbed) - before
-    run = make(sums(8), job)
-    before = sampled(run)
-    first = run.pipeline()
-    lease = run.lease()
-    first.start(lease)
-    run.steps(first, num_steps)
-    report = first.finish(10.0)
-    assert [item.attempt for item in report.returned] == [lease.attempt]
-    assert (report.discarded_tokens, run.flight.rows) == (0, set())
-    rows, _ = run.whole()
-    assert rows == expected
-    assert sampled(run) - before == cost
+    for num_steps in (1, 25, 45):
+        run = make(sums(8), job)
+        before = sampled(run)
+        first = run.pipeline()
+        lease = run.lease()
+        first.start(lease)
+        run.steps(first, num_steps)
+        report = first.finish(10.0)
+        assert [item.attempt for item in report.returned] == [lease.attempt], num_steps
+        assert (report.discarded_tokens, run.flight.rows) == (0, set()), num_steps
+        rows, _ = run.whole()
+        assert rows == expected, num_steps
+        assert sampled(run) - before == cost, num_steps
 
 
 def test_a_killed_worker_loses_what_came_after_its_last_flush(make: MakeRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -136,6 +137,21 @@ def test_unexpected_failures(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (code, out) == (1, "")
         assert err.startswith("Traceback (most recent call last):")
         assert "AKIA" not in err
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_closed_streams(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A standard stream that the caller has closed (`2>&-`) costs its text, not the command."""
+    seen: list[object] = []
+    monkeypatch.setattr(
+        "batchrun.cli.schema.command.callback",
+        lambda: seen.append(os.fstat(getattr(sys, name).fileno()).st_rdev),
+    )
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        main(["schema"])
+    getattr(sys, name).close()
+    assert (ended.value.code, seen) == (0, [os.stat(os.devnull).st_rdev])
 
 
 def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,13 +32,13 @@ def test_a_line_gives_up_what_matters_least() -> None:
     """Without a limit all is there; the rows and the time left come before all else."""
     assert progress_line(BUSY) == (
         "123,456,789/1,234,567,890 rows (10%) · 54,321 failed · 75.0% right · 123,456 tokens/s"
-        " · ETA 100h00m · workers: 12 starting, 116 ready, 3 draining"
+        " · ETA 4 d 4 h · workers: 12 starting, 116 ready, 3 draining"
     )
-    assert progress_line(BUSY, 120).endswith("ETA 100h00m · 12 starting, 116 ready, 3 draining")
+    assert progress_line(BUSY, 120).endswith("ETA 4 d 4 h · 12 starting, 116 ready, 3 draining")
     assert progress_line(BUSY, 71) == (
-        "123,456,789/1,234,567,890 rows (10%) · 54,321 failed · ETA 100h00m"
+        "123,456,789/1,234,567,890 rows (10%) · 54,321 failed · ETA 4 d 4 h"
     )
-    assert progress_line(BUSY, 10) == "123,456,789/1,234,567,890 rows (10%) · ETA 100h00m"
+    assert progress_line(BUSY, 10) == "123,456,789/1,234,567,890 rows (10%) · ETA 4 d 4 h"
     for width in range(55, 140):
         assert len(progress_line(BUSY, width)) <= width
 
@@ -60,7 +60,7 @@ def test_the_view_is_one_line_of_the_terminal(
     frames = [line for line in re.split(r"[\r\n]+", text) if "rows (" in line]
     assert "(10%)" in frames[-1]
     for frame in frames:
-        assert len(frame.rstrip()) <= columns and "ETA 100h00m" in frame and "…" not in frame
+        assert len(frame.rstrip()) <= columns and "ETA 4 d 4 h" in frame and "…" not in frame
     assert text.count("row 'a.parquet:7' failed: too_long\n") == 1
 
 

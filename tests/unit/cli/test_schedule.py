@@ -73,7 +73,12 @@ def test_variables_are_written_and_secrets_are_not(
 
 
 def test_a_cluster_is_waited_for(here: Path) -> None:
-    """With an address the line submits there and waits, so that its exit code is the run's."""
+    """With an address the line submits there and waits, so that its exit code is the run's. What is
+    no address is refused, wherever it stands."""
+    for wrong in (["--address", "rubbish"], ["--set", "ray.address=ftp://host"]):
+        code, out, err = run("nightly.yaml", *wrong)
+        assert (code, out) == (2, "")
+        assert f"{wrong[1].rpartition('=')[2]!r} is no address of a Ray dashboard" in err
     code, out, _ = run("nightly.yaml", "--address", "http://ray:8265")
     assert code == 0
     assert f"{here}/nightly.yaml --address http://ray:8265 --wait >>" in out

@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from batchrun.cli import main
-from batchrun.job import json_schema
+from batchrun.cluster.opening import check
+from batchrun.job import json_schema, parse_job
+from batchrun.jobfile import read_job_file
 
 
 def run(*args: str) -> tuple[int, str, str]:
@@ -92,6 +94,29 @@ def test_an_output_that_is_held(here: Path, held: str) -> None:
     assert said in err and hint in err
     code, out, _ = run("validate", "job.yaml", "--json")
     assert (code, json.loads(out)["problems"][0]["key"]) == (2, "output.path")
+
+
+def test_a_run_that_is_begun(here: Path) -> None:
+    """A foreign part beside the run's own, and a finished file that changed, are problems here as
+    they are at submit; nothing is written for that."""
+    job = parse_job(read_job_file("job.yaml", ()))
+    checked = check(job, None)
+    opened = checked.open()
+    assert run("validate", "job.yaml")[0] == 0
+    Path("out/part-000001-00000000.parquet").write_bytes(b"foreign")
+    code, _, err = run("validate", "job.yaml")
+    assert code == 2
+    assert err.startswith("job.yaml:5: output.path: out holds part-000001-00000000.parquet, which ")
+    Path("out/part-000001-00000000.parquet").unlink()
+    record = Path(f"out/_batchrun/{checked.run}/parts/{opened.shards[0].number:06d}.json")
+    record.parent.mkdir(exist_ok=True)
+    record.write_text("{}")
+    pq.write_table(pa.table({"q": ["1", "2"]}), "rows.parquet")
+    before = sorted(Path("out").rglob("*"))
+    code, _, err = run("validate", "job.yaml")
+    assert code == 2
+    assert err.startswith(f"job.yaml:3: input.path: {here}/rows.parquet changed after it was fin")
+    assert before == sorted(Path("out").rglob("*"))
 
 
 def test_a_response_format(here: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from batchrun.cluster.jobs import ClusterJobs, shipped_job
+from batchrun.cli.cluster import job_table
+from batchrun.cluster.jobs import ClusterJob, JobState, shipped_job
 from batchrun.cluster.opening import check
-from batchrun.errors import ClusterError
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource, read_job_file
 from tests.unit.data.parquet import prompts, write
@@ -62,9 +62,20 @@ def test_a_run_is_the_same_here_and_on_a_cluster(
     assert str(tmp_path / "out") == there.output.path
 
 
-@pytest.mark.parametrize("address", ["rubbish", "ftp://host", "127.0.0.1:99999", "http://", ":80"])
-def test_what_is_no_address_is_named(address: str) -> None:
-    """A wrong address is named at once, with one that would do, and nobody is asked."""
-    with pytest.raises(ClusterError, match="is no address of a Ray dashboard") as caught:
-        ClusterJobs(address)
-    assert "--address http://127.0.0.1:8265" in caught.value.hint
+@pytest.mark.parametrize(
+    ("state", "exit_code", "verdict"),
+    [
+        (JobState.RUNNING, None, "running"),
+        (JobState.SUCCEEDED, 0, "succeeded"),
+        (JobState.FAILED, 3, "failed (exit 3)"),
+        (JobState.FAILED, 75, "interrupted (exit 75)"),
+        (JobState.STOPPED, None, "stopped"),
+    ],
+)
+def test_a_run_that_was_interrupted_did_not_fail(
+    state: JobState, exit_code: int | None, verdict: str
+) -> None:
+    """For people a run that was cancelled and drained is called so, whatever Ray calls it."""
+    job = ClusterJob("a-1", "a", "", "out", {}, state, "", None, None, exit_code)
+    assert verdict == job.verdict
+    assert f"a-1  {verdict}  " in job_table([job])
