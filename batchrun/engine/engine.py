@@ -319,6 +319,8 @@ class Engine:
         dropped = set(self._sequences.pop(key, {}).values())
         if dropped:
             self._scheduler.abort(dropped)
+        if not self.num_running:
+            self._in_flight = None
         return sum(s.transcript.num_sampled - s.num_replayed for s in dropped)
 
     def progress(self, key: Hashable) -> Progress | None:
@@ -375,7 +377,7 @@ class Engine:
                 outputs += self._take_in()
                 if step:
                     self._in_flight = _InFlight(self.runner.sample(passes), started, least_seconds)
-                if not self._overlaps:
+                if not self._overlaps or not self.num_running:  # nobody may come for it
                     outputs += self._take_in()
         except torch.OutOfMemoryError as full:
             outputs += self._take_in()  # what was sampled before is sound
