@@ -16,7 +16,7 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.model_runner import Drawn, Pass
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.request import Output
-from batchrun.errors import StorageError
+from batchrun.errors import OutputError, StorageError
 from batchrun.llm import find_checkpoint
 from batchrun.pipeline import Pipeline
 from batchrun.records import Completion, ErrorKind, FinishReason, Lease, RowError, Shard
@@ -382,7 +382,11 @@ def test_what_storage_refuses_of_a_lease_costs_the_others_nothing(
     pipeline = run.pipeline()
     third = run.lease()
     pipeline.start(third)
-    monkeypatch.setattr(pipeline._saving, "_publish", refuse)
+
+    def refuse_part(*args: object) -> None:
+        raise OutputError("the record of the part is damaged")
+
+    monkeypatch.setattr(pipeline._saving, "_publish", refuse_part)
     while not pipeline._leases[0].has_all_rows:
         run.steps(pipeline, 1)
     report = pipeline.finish(10.0)
