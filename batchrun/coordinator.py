@@ -7,11 +7,13 @@ publishing is create-only.
 A lease is a set of rows of one shard. A shard is leased whole, or it is split: its ranges and its
 suspects are leased apart, and when all of them are done it is leased whole once more, to publish
 from the journal what is there. What is handed out next is :mod:`batchrun.backlog`'s to say, who is
-there and has room :mod:`batchrun.crew`'s; who gets what, and what follows from news, is said here.
+there and has room :mod:`batchrun.crew`'s, who has what :mod:`batchrun.attempts`'; who gets what,
+and what follows from news, is said here.
 
 - **Retry first**: what was given back stands first in line, as the journal may have most of it.
 - **Deaths**: rows that had a slot when a worker died leave the line and run apart from all others,
   in groups that shrink by eight with each death, until a single one has died alone too often.
+- **Devices**: one whose workers die of ever other rows, while others work, is set aside.
 - **The end**: when nothing waits, idle workers get the oldest leases once more.
 
 Work is constant for each event, but for what an event changes.
@@ -20,11 +22,12 @@ Work is constant for each event, but for what an event changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+from batchrun.attempts import Attempt, Attempts
 from batchrun.backlog import Backlog, Grant
 from batchrun.canary import Canary
 from batchrun.crew import MIN_LEASE_ROWS, Crew
+from batchrun.devices import MAX_DEATHS, Devices
 from batchrun.events import (
     CancelLease,
     Command,
@@ -41,6 +44,7 @@ from batchrun.events import (
     Outcome,
     OutcomeKind,
     RunStarted,
+    SetAside,
     StartLease,
     StartWorker,
     StopRequested,
@@ -72,6 +76,7 @@ __all__ = [
     "OutcomeKind",
     "RunStarted",
     "RunState",
+    "SetAside",
     "StartLease",
     "StartWorker",
     "StopRequested",
@@ -87,16 +92,6 @@ __all__ = [
 MAX_LOAD_FAILURES = 3
 # Beside workers at work, a failing load is tried again after this long.
 _LOAD_RETRY_S = 60.0
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """A lease that a living worker has. ``twin`` is the other attempt at the same rows."""
-
-    worker: str
-    grant: Grant
-    since: float
-    twin: str | None = None
 
 
 class RunState:
@@ -135,6 +130,8 @@ class RunState:
         }
         self.failed: dict[int, str] = {}
         self.crew = Crew()
+        self._devices = Devices()
+        self._aside: frozenset[str] = frozenset()
         self.finished = False
         self.backlog = Backlog(
             self.shards, (number for number in self.shards if number not in self.done), todo
@@ -151,10 +148,7 @@ class RunState:
         self._now = 0.0
         self._num_started = 0
         self._num_attempts = 0
-        self._num_leased = 0  # rows that living leases cover
-        self.attempts: dict[str, _Attempt] = {}  # of living leases
-        self._of_shard: dict[int, list[str]] = {}  # attempts by shard
-        self._single: dict[str, None] = {}  # attempts that may get a twin, oldest first
+        self.attempts = Attempts()
         self._penalty: str | None = None  # a worker that runs dry to isolate suspects
         self._load_failures = 0
         self._no_start_before = 0.0
@@ -219,7 +213,8 @@ class RunState:
                 self._meter.tick(now, self.crew.num_loaded)
                 self._now = max(self._now, now)
             case WorkerReady(name, max_sequences, device, paid_s):
-                if self.crew.load(name, max_sequences, device):
+                aside = device in self._aside
+                if self.crew.load(name, max_sequences, device, aside=aside):
                     self._load_failures = 0
                     self._meter.pay(paid_s)
             case WorkerDraining(name):
@@ -274,26 +269,13 @@ class RunState:
 
     # -- facts about leases ----------------------------------------------------------------
 
-    def _release(self, attempt: str) -> _Attempt | None:
+    def _release(self, attempt: str) -> Attempt | None:
         """Forget an attempt; None when it is not known, or not any more."""
-        found = self.attempts.pop(attempt, None)
-        if found is None:
-            return None
-        number = found.grant.shard
-        self._num_leased -= len(found.grant.rows)
-        self._of_shard[number].remove(attempt)
-        if not self._of_shard[number]:
-            del self._of_shard[number]
-        self._single.pop(attempt, None)
-        self.crew.take(found.worker, attempt)
-        self.backlog.end_lease(number)
+        found = self.attempts.remove(attempt)
+        if found is not None:
+            self.crew.take(found.worker, attempt)
+            self.backlog.end_lease(found.grant.shard)
         return found
-
-    def _part_twins(self, found: _Attempt) -> str | None:
-        """The other attempt at the same rows, if it still runs; it is alone from now on."""
-        if found.twin is not None:
-            self.attempts[found.twin].twin = None
-        return found.twin
 
     def _cancel(self, attempt: str) -> list[Command]:
         found = self._release(attempt)
@@ -304,7 +286,7 @@ class RunState:
         self.backlog.drop(number)
         return [
             command
-            for attempt in list(self._of_shard.get(number, ()))
+            for attempt in self.attempts.of_shard(number)
             for command in self._cancel(attempt)
         ]
 
@@ -312,15 +294,37 @@ class RunState:
         """Count the part, whoever brings the news: of a late worker too."""
         number = part.shard
         found = self.attempts.get(attempt)
+        commands: list[Command] = []
         if found is not None and found.grant.shard == number:
+            commands += self._on_work(found)
             self._release(attempt)
         if number not in self.shards or number in self.done:
-            return []
+            return commands
         self.done[number] = part
         self.failed.pop(number, None)
         if self._canary is not None:
             self._canary.settle(number, part.counts)
-        return self._end_shard(number)
+        return commands + self._end_shard(number)
+
+    def _on_work(self, found: Attempt) -> list[Command]:
+        """A lease has come to its end, which speaks for the device where rows were run for it."""
+        item = self.backlog.open.get(found.grant.shard)
+        member = self.crew.members.get(found.worker)
+        if member is None or (item is not None and item.complete):
+            return []
+        self._devices.work(member.device)
+        return self._look_at_devices()
+
+    def _look_at_devices(self) -> list[Command]:
+        """Set devices aside, and give those back that were not to blame, for workers to come."""
+        before, self._aside = self._aside, self._devices.aside
+        message = f"{MAX_DEATHS} workers in a row died on it, with other rows each time"
+        commands: list[Command] = [SetAside(name, message) for name in sorted(self._aside - before)]
+        for worker in self.crew.sitting_on(before - self._aside):
+            self.crew.remove(worker)
+            self._meter.lose(worker)
+            commands.append(StopWorker(worker))
+        return commands
 
     def _on_journaled(self, name: str, attempt: str, counts: Counts) -> list[Command]:
         """Rows are safe in the journal. Late news of a lease that was given up do not count: its
@@ -331,10 +335,11 @@ class RunState:
         if found.grant.whole:
             self._on_returned(attempt)  # a whole lease without its part is not done
             return []
+        commands = self._on_work(found)
         self._release(attempt)
         number = found.grant.shard
-        twin = self._part_twins(found)
-        commands = [] if twin is None else self._cancel(twin)
+        twin = self.attempts.part(found)
+        commands += [] if twin is None else self._cancel(twin)
         if found.grant.group is not None:
             self.backlog.acquit(found.grant)
         if self._canary is not None:
@@ -367,7 +372,7 @@ class RunState:
 
     def _on_returned(self, attempt: str) -> None:
         found = self._release(attempt)
-        if found is not None and self._part_twins(found) is None:
+        if found is not None and self.attempts.part(found) is None:
             self.backlog.give_back(found.grant)
 
     def _on_failed(self, attempt: str, message: str) -> list[Command]:
@@ -397,13 +402,15 @@ class RunState:
             self._load_failures += 1
             if self._load_failures >= MAX_LOAD_FAILURES:
                 self._no_start_before = self._now + _LOAD_RETRY_S
-        commands: list[Command] = []
+        if strike is not None and not strike.idle:
+            self._devices.die(strike.device, strike.rows, alone=strike.alone)
+        commands = self._look_at_devices()
         self.crew.remove(event.worker)
         held = [found for attempt in member.leases if (found := self._release(attempt))]
         # The first in line is the last that is put there: so they keep their order.
         for found in reversed(held):
             number = found.grant.shard
-            if self._part_twins(found) is not None or number in self.failed:
+            if self.attempts.part(found) is not None or number in self.failed:
                 continue  # somebody else has the rows, or the shard was given up just now
             if strike is None or number not in strike.rows:
                 self.backlog.give_back(found.grant)
@@ -489,7 +496,9 @@ class RunState:
         """Rows that are kept for workers still to come, so that who is early does not take it all:
         for each its fair share of what is not done, as far as it fills an engine."""
         expected = self._num_expected()
-        fair = (self.backlog.num_rows + self._num_leased) // max(1, expected + self.crew.num_ready)
+        fair = (self.backlog.num_rows + self.attempts.num_rows) // max(
+            1, expected + self.crew.num_ready
+        )
         return expected * min(min_rows, fair)
 
     def _start_next(self, name: str, most: int) -> StartLease:
@@ -541,8 +550,7 @@ class RunState:
     def _speculate(self) -> list[Command]:
         """Give idle workers the oldest leases once more: the first to end counts."""
         commands: list[Command] = []
-        while self.crew.idle and self._single:
-            attempt = next(iter(self._single))
+        while self.crew.idle and (attempt := self.attempts.oldest_single()) is not None:
             found = self.attempts[attempt]
             if self._now - found.since < self._speculate_after_s:
                 break
@@ -554,14 +562,7 @@ class RunState:
         self._num_attempts += 1
         attempt = attempt_name(self._epoch, self._num_attempts)
         alone = grant.group is not None
-        self.attempts[attempt] = _Attempt(name, grant, self._now, twin)
-        self._num_leased += len(grant.rows)
-        self._of_shard.setdefault(grant.shard, []).append(attempt)
-        if twin is not None:
-            self.attempts[twin].twin = attempt
-            del self._single[twin]
-        elif not alone:
-            self._single[attempt] = None
+        self.attempts.add(attempt, Attempt(name, grant, self._now, twin))
         self.crew.give(name, attempt, alone=alone)
         lost = self.backlog.lease(grant)
         shard = self.shards[grant.shard]

@@ -10,7 +10,7 @@ from typing import Any
 from batchrun.data.journal import Journal
 from batchrun.data.writer import PartFile
 from batchrun.engine.engine import RunningSample
-from batchrun.errors import StorageError
+from batchrun.errors import BatchrunError, ShardError, StorageError
 from batchrun.leases import Journals, LeaseJournal, OpenLease
 from batchrun.metrics import CHECKPOINT_SECONDS, Recorder
 from batchrun.records import Lease, Part
@@ -80,7 +80,8 @@ class Saving:
     def settle(self, item: OpenLease) -> FinishedLease | None:
         """Take note of what storage has done for a lease; the lease when all of it is safe.
 
-        Raises StorageError, and ShardError when something else stands where its part belongs.
+        Raises StorageError and OutputError, and ShardError when something else stands where its
+        part belongs.
         """
         if item.flushing is not None and item.flushing.done():
             self._end_flush(item)
@@ -107,10 +108,12 @@ class Saving:
 
     def settle_last(self, item: OpenLease, running: Running) -> FinishedLease | None:
         """As :meth:`settle`, but what storage does not take is lost, which costs the other leases
-        nothing. A part that cannot be published goes to the journal."""
+        nothing. A part that cannot be published goes to the journal. Raises ShardError alone."""
         try:
             return self.settle(item)
-        except StorageError as error:
+        except ShardError:
+            raise
+        except BatchrunError as error:
             log_gone(item.lease, "lease_not_saved", error.message)
             part = item.publishing
             if part is not None and part.done() and part.exception() is not None:

@@ -6,8 +6,9 @@
 
 Builds a model of the published 9B configuration with random weights on the device and writes one
 JSON file: every operator against its plain PyTorch twin, the model on both, a prompt in one piece
-and in several, recorded decode steps against others, memory against the plan, and the time of
-decode steps against the bytes that they must move at this device's measured bandwidth.
+and in several, small models in bfloat16 against those of transformers, recorded decode steps
+against others, memory against the plan, and the time of decode steps against the bytes that they
+must move at this device's measured bandwidth.
 
 Exit code 0 when every check holds, 1 when one does not, 2 when there is no GPU.
 """
@@ -15,6 +16,7 @@ Exit code 0 when every check holds, 1 when one does not, 2 when there is no GPU.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -40,7 +42,7 @@ from batchrun.engine.memory import (
 from batchrun.engine.rates import measure_rates
 from batchrun.engine.roofline import decode_work
 from batchrun.model.batch import Batch
-from batchrun.model.config import ModelConfig
+from batchrun.model.config import ModelConfig, parse_config
 from batchrun.model.hybrid import NemotronH
 from batchrun.model.layout import lay_out
 from batchrun.model.ops import Ops, Selection, select_ops
@@ -74,6 +76,8 @@ MODEL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 """Length of the difference of all logits, as a part of their length."""
 MEMORY_TOLERANCE = 0.03
 """How far the memory in use may be above the plan, as a part of it."""
+PARITY_FACTOR = 1.5
+"""How much farther from float32 a model may be in bfloat16 than transformers' own is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +264,83 @@ def check_model(setting: Setting, model: NemotronH) -> list[dict[str, Any]]:
     return found
 
 
+def small_sizes(config: ModelConfig) -> dict[str, object]:
+    """What transformers calls a small model whose heads, groups, states and chunks are those of a
+    large one: the shapes that kernels are made for."""
+    kv_heads = min(2, config.num_key_value_heads)
+    return {
+        "vocab_size": min(1024, config.vocab_size),
+        "hidden_size": min(448, config.hidden_size),
+        "hybrid_override_pattern": "M-M*-M-",
+        "intermediate_size": min(1568, config.intermediate_size),
+        "num_attention_heads": kv_heads * config.num_attention_heads // config.num_key_value_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": config.head_dim,
+        "mamba_num_heads": 2 * config.num_groups,
+        "mamba_head_dim": config.mamba_head_dim,
+        "ssm_state_size": config.ssm_state_size,
+        "n_groups": config.num_groups,
+        "chunk_size": config.chunk_size,
+    }
+
+
+def check_parity(setting: Setting) -> list[dict[str, Any]]:
+    """The cases of ``tests/parity`` in bfloat16, and one with the shapes of the large model.
+
+    transformers' model runs on the CPU, in float32 and in bfloat16, with the same weights. Two ways
+    to round differ from one another more than from what both round, so what is asked is that ours,
+    on the device, is about as near to float32 as transformers' is.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return [{"skipped": "transformers is not installed (pip install transformers)", "ok": True}]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.parity.oracle import CONFIGURATIONS
+
+    cases = {**CONFIGURATIONS, "the model's shapes": small_sizes(setting.config)}
+    found = []
+    for seed, (name, changes) in enumerate(cases.items()):
+        try:
+            found += [{"case": name, **one} for one in parity_of(setting, seed, changes)]
+        except Exception as error:  # a kernel that cannot be compiled is found like any difference
+            found.append({"case": name, "error": f"{type(error).__name__}: {error}", "ok": False})
+    return found
+
+
+def parity_of(setting: Setting, seed: int, changes: dict[str, object]) -> list[dict[str, Any]]:
+    """One case, with its prompt in one piece and in several, and decodes behind it."""
+    from tests.parity.oracle import make_oracle, oracle_logits
+
+    oracle = make_oracle(seed, **changes).bfloat16()
+    weights = {name.replace("model.", "backbone."): w for name, w in oracle.state_dict().items()}
+    config = parse_config(oracle.config.to_dict())
+    with setting.device:
+        model = NemotronH(config).to(torch.bfloat16).eval()
+    model.load_state_dict(weights)
+    model.ops = select_ops(setting.device, config).ops
+    model.prepare()
+    length, chunk = 2 * config.chunk_size + 3, config.chunk_size
+    token_ids = make_batch((), [(length + 8, 0)], torch.device("cpu"), config.vocab_size).token_ids
+    theirs = oracle_logits(oracle, token_ids.tolist()).float()
+    reference = oracle_logits(oracle.float(), token_ids.tolist())
+    tolerance = PARITY_FACTOR * distance(theirs, reference)
+    small = replace(setting, config=config, dtype=torch.bfloat16)
+    found = []
+    for cuts in ([length], [1, chunk + 1, length]):
+        logits = logits_in_pieces(small, model, cuts).cpu()
+        far = distance(logits, reference)
+        agreement = float((logits.argmax(1) == reference.argmax(1)).float().mean())
+        found.append(
+            {
+                "cuts": cuts,
+                "distance": far,
+                "tolerance": tolerance,
+                "greedy_agreement": agreement,
+                "ok": far <= tolerance,
+            }
+        )
+    return found
+
+
 def recorder_of(device: torch.device) -> Recorder:
     """CUDA graphs, or calls where there are none."""
     return CudaRecorder(device) if device.type == "cuda" else CallingRecorder()
@@ -438,13 +519,14 @@ def run_checks(
         model.ops = selection.ops
         model.prepare()
         report["model"] = check_model(setting, model)
+        report["parity"] = check_parity(setting)
         report["graphs"] = check_graphs(setting, model)
         if is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         memory, report["decode"] = measure_decode(setting, model, batches, context)
         report["memory"] = [memory]
-    checked = ("selection", "operator_differences", "model", "graphs", "memory")
+    checked = ("selection", "operator_differences", "model", "parity", "graphs", "memory")
     report["failed"] = [
         {"check": name, **found} for name in checked for found in report[name] if not found["ok"]
     ]
@@ -481,6 +563,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context=chosen.context,
     )
     chosen.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for found in report["parity"]:
+        if "skipped" in found:
+            print(f"skipped: parity with transformers: {found['skipped']}")
     for found in report["failed"]:
         print(f"FAILED {json.dumps(found)}")
     for step in report["decode"]:

@@ -63,6 +63,7 @@ class Tally:
     _journaled: dict[int, Counts] = field(default_factory=dict)  # of shards without a part
     _generated: Counts = field(default_factory=Counts)  # of shards that this submit published
     _ended: dict[int, Counts] = field(default_factory=dict)  # of others, under ended leases
+    _dropped: dict[int, Counts] = field(default_factory=dict)  # what leases given up had saved
     _given_up: set[str] = field(default_factory=set)  # attempts
     _lost_tokens: int = 0
     _recovered_tokens: int = 0  # that no report of their worker spoke of
@@ -110,11 +111,8 @@ class Tally:
                 continue  # its worker does not know yet
             self._running[state.attempt] = (worker, state)
             known = self._journaled.get(state.shard, Counts())
-            if state.shard in self.published:
-                continue
-            if state.known.rows > known.rows:
+            if state.shard not in self.published and state.known.rows > known.rows:
                 self._journaled[state.shard] = state.known  # by workers of an earlier submit
-            self._hand_over(state.shard, state.handed_over)
 
     def end(self, finished: FinishedLease) -> None:
         """A lease ended with all its rows."""
@@ -128,6 +126,7 @@ class Tally:
             return
         # The lease was answerable for all rows: whatever was thought before, this is so.
         self._ended.pop(number, None)
+        self._dropped.pop(number, None)
         self._generated += finished.fresh + finished.handed_over
         self.published[number] = finished.part.counts
         self._published += finished.part.counts
@@ -142,8 +141,10 @@ class Tally:
 
     def give_up(self, attempt: str) -> None:
         """A lease ended for nothing: its shard failed, or another was first."""
-        self._running.pop(attempt, None)
+        _, state = self._running.pop(attempt, ("", None))
         self._given_up.add(attempt)
+        if state is not None and state.shard not in self.published:
+            self._dropped[state.shard] = self._dropped.get(state.shard, Counts()) + state.saved
 
     def fail(self, shard: int, num_rows: int) -> None:
         """A shard has failed for good; all its rows count as failed."""
@@ -161,12 +162,13 @@ class Tally:
             self._end(state.shard, state.saved)
 
     def _hand_over(self, shard: int, found: Counts) -> None:
-        """Rows that the journal of a shard was found to have of this submit: more than is known
-        where a killed worker made some safe after its last report."""
-        known = self._ended.get(shard, Counts())
-        if found.rows <= known.rows:
-            return
-        self._ended[shard] = found
+        """A lease has ended, and others had generated so much of it: more than is known where a
+        killed worker made rows safe after its last report."""
+        ended = self._ended.get(shard, Counts())
+        if found.rows > ended.rows:
+            self._ended[shard] = found
+        known = ended + self._dropped.get(shard, Counts())
+        known += sum((s.saved for _, s in self._running.values() if s.shard == shard), Counts())
         tokens = max(0, _num_tokens(found) - _num_tokens(known))
         # Of these the worker may have spoken as not safe yet: then they were taken for lost.
         taken_for_lost = min(tokens, self._lost_tokens)

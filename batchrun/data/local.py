@@ -93,18 +93,24 @@ class LocalStore(Store):
     ) -> bool:
         """See :meth:`Store.put_if_absent`. A hard link is the atomic create; a rename would
         overwrite. On a network disk a link that reports failure may have succeeded: then the
-        temporary file has two links."""
+        temporary file has two links. One that is gone was swept away by a driver that took us for
+        dead; it is written again."""
         target = self._path(path)
-        with border(Role.OUTPUT, str(target)), self._written(target, data) as temporary:
-            try:
-                os.link(temporary, target)
-            except OSError as error:
-                if os.stat(temporary).st_nlink != 2:
-                    if error.errno == errno.EEXIST:
-                        return False
-                    raise
-            _sync_folder(target.parent)
-            return True
+        while True:
+            with border(Role.OUTPUT, str(target)), self._written(target, data) as temporary:
+                try:
+                    os.link(temporary, target)
+                except OSError as error:
+                    try:
+                        num_links = os.stat(temporary).st_nlink
+                    except FileNotFoundError:
+                        continue
+                    if num_links != 2:
+                        if error.errno == errno.EEXIST:
+                            return False
+                        raise
+                _sync_folder(target.parent)
+                return True
 
     def delete(self, paths: Iterable[str]) -> None:
         """See :meth:`Store.delete`. Folders that become empty go too, up to the root."""

@@ -12,14 +12,15 @@ from torch import Tensor
 import gpu_check
 from batchrun.model.ops import Selection
 from batchrun.model.ops.plain import PlainOps
+from tests.parity.oracle import CONFIGURATIONS
 from tests.unit.model.published import NANO_9B_V2
 
 CPU = torch.device("cpu")
 
 
 def test_every_check_holds_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same checks with a toy model: all operators in both types, the model, recorded steps,
-    memory, decode steps with their bound; one JSON file, and exit code 0."""
+    """The same checks with a toy model: all operators in both types, the model, the parity cases in
+    bfloat16, recorded steps, memory, decode steps with their bound; one JSON file, exit code 0."""
     out = tmp_path / "found.json"
     arguments = ["--device", "cpu", "--config", "toy", "--batches", "1", "4", "--context", "40"]
     assert gpu_check.main([*arguments, "--out", str(out)]) == 0
@@ -30,6 +31,9 @@ def test_every_check_holds_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(found) == 14 and ("ssd_scan", "torch.bfloat16") in found
     assert [m["against"] for m in report["model"]] == ["plain operators", "a prompt in pieces"]
     assert all(m["greedy_agreement"] == 1.0 for m in report["model"])
+    cases = [found["case"] for found in report["parity"]]
+    assert cases[::2] == cases[1::2] == [*CONFIGURATIONS, "the model's shapes"]
+    assert all(0 < found["distance"] <= found["tolerance"] < 0.05 for found in report["parity"])
     assert [g["batch"] for g in report["graphs"]] == [1, 3, 5]
     assert [step["batch"] for step in report["decode"]] == [1, 4]
     assert all(0 < step["of_bound"] for step in report["decode"])
@@ -49,8 +53,33 @@ def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     report = gpu_check.run_checks(gpu_check.CONFIGS["toy"], CPU, batches=(1,), context=40)
     assert not report["ok"]
     named = {(found["check"], found.get("operator")) for found in report["failed"]}
-    assert ("operator_differences", "gated_norm") in named and ("model", None) in named
+    assert ("operator_differences", "gated_norm") in named
+    assert {("model", None), ("parity", None)} <= named
     assert {name for check, name in named if check == "operator_differences"} == {"gated_norm"}
+
+
+def test_parity_needs_transformers_and_survives_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the check is skipped, and says so; a case that raises is one that failed, with the
+    reason, and the others are checked."""
+    config = gpu_check.CONFIGS["toy"]
+    plan = gpu_check.plan_memory(
+        config, gpu_check.MemoryRequest(64 << 20, gpu_check.Precision(), num_forced=0)
+    )
+    setting = gpu_check.Setting(config, CPU, torch.bfloat16, Selection(PlainOps(), ""), plan)
+
+    def parity_of(_: object, seed: int, __: object) -> list[dict[str, object]]:
+        if seed == 1:
+            raise RuntimeError("out of registers")
+        return [{"ok": True}]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_check, "parity_of", parity_of)
+        found = gpu_check.check_parity(setting)
+    assert [one["ok"] for one in found] == [True, False, *[True] * (len(CONFIGURATIONS) - 1)]
+    assert found[1]["error"] == "RuntimeError: out of registers"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    [skipped] = gpu_check.check_parity(setting)
+    assert skipped["ok"] and skipped["skipped"].startswith("transformers is not installed")
 
 
 def test_nan_is_no_small_difference() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from batchrun.cluster.tally import Tally
 from batchrun.records import Counts, Lease, Part, Shard
 from batchrun.reports import FinishedLease, ReturnedLease, RunningLease, WorkReport
@@ -95,14 +97,35 @@ def test_what_a_lost_worker_saved_without_telling_is_counted() -> None:
     tally.report("w1", WorkReport(running=(state,), sampled_tokens=40, unsaved_tokens=20))
     tally.lose("w1")
     assert (tally.generated().rows, tally.discarded_tokens, tally.sampled_tokens) == (2, 20, 40)
-    state = RunningLease("a1", 0, rows(6), NONE, rows(1), handed_over=rows(6))
-    tally.report("w2", WorkReport(running=(state,), sampled_tokens=10))
-    assert tally.generated() == rows(7)
-    found = published("a1", part(0, 10, 100), fresh=rows(4))
     tally.report("w2", WorkReport(sampled_tokens=40))
+    found = published("a1", part(0, 10, 100), fresh=rows(4))
     tally.end(replace(found, handed_over=rows(6)))
     assert tally.generated() == tally.done() == rows(10)
     assert (tally.discarded_tokens, tally.sampled_tokens) == (0, 100)
+
+
+@pytest.mark.parametrize("is_dropped_first", [True, False])
+def test_what_a_second_try_takes_over_counts_once(is_dropped_first: bool) -> None:
+    """The first try at a lease lives and has told of what it saved: its rows and tokens are no
+    news when the second one, which began with them, is the first to end."""
+
+    def rows(count: int) -> Counts:
+        return Counts(rows=count, completion_tokens=10 * count)
+
+    tally = Tally(10, 1, {})
+    state = RunningLease("a0", 0, NONE, rows(6), rows(1))
+    tally.report("w1", WorkReport(running=(state,), sampled_tokens=70))
+    state = RunningLease("a1", 0, rows(6), NONE, rows(3), handed_over=rows(6))
+    tally.report("w2", WorkReport(running=(state,), sampled_tokens=30))
+    assert tally.generated() == rows(10)
+    if is_dropped_first:
+        tally.give_up("a0")
+    tally.report("w2", WorkReport(sampled_tokens=40))
+    found = published("a1", part(0, 10, 100), fresh=rows(4))
+    tally.end(replace(found, handed_over=rows(6)))
+    tally.give_up("a0")
+    assert tally.generated() == rows(10)
+    assert (tally.discarded_tokens, tally.sampled_tokens) == (0, 110)
 
 
 def test_leases_that_are_given_back_lose_nothing() -> None:

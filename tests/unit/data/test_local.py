@@ -40,6 +40,25 @@ def test_a_link_that_worked_but_reports_failure_is_ours(
     assert LocalStore(str(tmp_path)).put_if_absent("part", b"x", "token") is True
 
 
+def test_what_another_driver_swept_away_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose driver was taken for dead loses its unfinished file to the next one's sweep,
+    and publishes all the same."""
+    store, link, swept = LocalStore(str(tmp_path)), os.link, [1]
+
+    def late(source: str, target: str) -> None:
+        if swept:
+            LocalStore(str(tmp_path)).sweep()
+            swept.pop()
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    assert store.put_if_absent("part", b"1", "mine")
+    assert not store.put_if_absent("part", b"2", "another")
+    assert [(item.path, store.read(item.path)) for item in store.list()] == [("part", b"1")]
+
+
 def test_a_full_disk_is_a_storage_error_and_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,6 +261,26 @@ def test_an_end_that_is_not_foreseen_costs_a_row_and_no_token(
     assert watched.num_rows == watched.num_drawn == engine.stats().sampled_tokens == 6
     # One pass for each pair's prompts and one for nothing; the next prompts are in the next.
     assert watched.phases.count("launch") == 6
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_the_time_between_two_runs_is_no_steps(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, is_aborted: bool
+) -> None:
+    """However a run ends, nothing is left in flight for which the clock goes on."""
+    clock = [0.0]
+    ticking = SimpleNamespace(monotonic=lambda: clock.append(clock[-1] + 1) or clock[-1])
+    engine = make_engine(random_folder, overlap=True)
+    monkeypatch.setattr("batchrun.engine.engine.time", ticking)
+    stopping = SamplingParams(max_tokens=9, stop_token_ids=list(range(400)))
+    for key in range(3):
+        engine.add(Request(key, (30, 31), stopping))
+        while engine.num_unfinished:
+            engine.step()
+            if is_aborted:
+                engine.abort(key)
+        clock.append(clock[-1] + 1e6)
+    assert engine.stats().step_seconds < 100
 
 
 @pytest.mark.parametrize("num_forced", [1, 3])
