@@ -13,6 +13,7 @@ and what follows from news, is said here.
 - **Retry first**: what was given back stands first in line, as the journal may have most of it.
 - **Deaths**: rows that had a slot when a worker died leave the line and run apart from all others,
   in groups that shrink by eight with each death, until a single one has died alone too often.
+- **Devices**: one whose workers die of ever other rows, while others work, is set aside.
 - **The end**: when nothing waits, idle workers get the oldest leases once more.
 
 Work is constant for each event, but for what an event changes.
@@ -26,6 +27,7 @@ from batchrun.attempts import Attempt, Attempts
 from batchrun.backlog import Backlog, Grant
 from batchrun.canary import Canary
 from batchrun.crew import MIN_LEASE_ROWS, Crew
+from batchrun.devices import MAX_DEATHS, Devices
 from batchrun.events import (
     CancelLease,
     Command,
@@ -42,6 +44,7 @@ from batchrun.events import (
     Outcome,
     OutcomeKind,
     RunStarted,
+    SetAside,
     StartLease,
     StartWorker,
     StopRequested,
@@ -73,6 +76,7 @@ __all__ = [
     "OutcomeKind",
     "RunStarted",
     "RunState",
+    "SetAside",
     "StartLease",
     "StartWorker",
     "StopRequested",
@@ -126,6 +130,8 @@ class RunState:
         }
         self.failed: dict[int, str] = {}
         self.crew = Crew()
+        self._devices = Devices()
+        self._aside: frozenset[str] = frozenset()
         self.finished = False
         self.backlog = Backlog(
             self.shards, (number for number in self.shards if number not in self.done), todo
@@ -207,7 +213,8 @@ class RunState:
                 self._meter.tick(now, self.crew.num_loaded)
                 self._now = max(self._now, now)
             case WorkerReady(name, max_sequences, device, paid_s):
-                if self.crew.load(name, max_sequences, device):
+                aside = device in self._aside
+                if self.crew.load(name, max_sequences, device, aside=aside):
                     self._load_failures = 0
                     self._meter.pay(paid_s)
             case WorkerDraining(name):
@@ -287,15 +294,37 @@ class RunState:
         """Count the part, whoever brings the news: of a late worker too."""
         number = part.shard
         found = self.attempts.get(attempt)
+        commands: list[Command] = []
         if found is not None and found.grant.shard == number:
+            commands += self._on_work(found)
             self._release(attempt)
         if number not in self.shards or number in self.done:
-            return []
+            return commands
         self.done[number] = part
         self.failed.pop(number, None)
         if self._canary is not None:
             self._canary.settle(number, part.counts)
-        return self._end_shard(number)
+        return commands + self._end_shard(number)
+
+    def _on_work(self, found: Attempt) -> list[Command]:
+        """A lease has come to its end, which speaks for the device where rows were run for it."""
+        item = self.backlog.open.get(found.grant.shard)
+        member = self.crew.members.get(found.worker)
+        if member is None or (item is not None and item.complete):
+            return []
+        self._devices.work(member.device)
+        return self._look_at_devices()
+
+    def _look_at_devices(self) -> list[Command]:
+        """Set devices aside, and give those back that were not to blame, for workers to come."""
+        before, self._aside = self._aside, self._devices.aside
+        message = f"{MAX_DEATHS} workers in a row died on it, with other rows each time"
+        commands: list[Command] = [SetAside(name, message) for name in sorted(self._aside - before)]
+        for worker in self.crew.sitting_on(before - self._aside):
+            self.crew.remove(worker)
+            self._meter.lose(worker)
+            commands.append(StopWorker(worker))
+        return commands
 
     def _on_journaled(self, name: str, attempt: str, counts: Counts) -> list[Command]:
         """Rows are safe in the journal. Late news of a lease that was given up do not count: its
@@ -306,10 +335,11 @@ class RunState:
         if found.grant.whole:
             self._on_returned(attempt)  # a whole lease without its part is not done
             return []
+        commands = self._on_work(found)
         self._release(attempt)
         number = found.grant.shard
         twin = self.attempts.part(found)
-        commands = [] if twin is None else self._cancel(twin)
+        commands += [] if twin is None else self._cancel(twin)
         if found.grant.group is not None:
             self.backlog.acquit(found.grant)
         if self._canary is not None:
@@ -372,7 +402,9 @@ class RunState:
             self._load_failures += 1
             if self._load_failures >= MAX_LOAD_FAILURES:
                 self._no_start_before = self._now + _LOAD_RETRY_S
-        commands: list[Command] = []
+        if strike is not None and not strike.idle:
+            self._devices.die(strike.device, strike.rows, alone=strike.alone)
+        commands = self._look_at_devices()
         self.crew.remove(event.worker)
         held = [found for attempt in member.leases if (found := self._release(attempt))]
         # The first in line is the last that is put there: so they keep their order.

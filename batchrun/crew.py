@@ -6,6 +6,7 @@ Every question that is asked at every event is answered without a walk over the 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 # A lease has at least as many rows as its worker can run at once, and never fewer than this.
@@ -14,10 +15,12 @@ MIN_LEASE_ROWS = 16
 
 @dataclass(slots=True)
 class Member:
-    """What is known of a living worker. ``leases`` are attempts, the oldest first."""
+    """What is known of a living worker. ``leases`` are attempts, the oldest first. One that is
+    ``aside`` gets none: it holds its device, so that no other worker starts there."""
 
     ready: bool = False
     draining: bool = False
+    aside: bool = False
     alone: bool = False
     min_rows: int = MIN_LEASE_ROWS
     device: str = ""
@@ -27,7 +30,7 @@ class Member:
     @property
     def is_open(self) -> bool:
         """Whether it may be given leases at all."""
-        return self.ready and not self.draining
+        return self.ready and not self.draining and not self.aside
 
 
 class Crew:
@@ -41,7 +44,7 @@ class Crew:
         self.devices: Counter[str] = Counter()
         self.isolating: set[str] = set()
         self.num_ready = 0
-        """Ready and not draining."""
+        """Those that may be given leases."""
         self.num_starting = 0
         """Not ready yet, and not draining."""
         self.num_loaded = 0
@@ -51,7 +54,7 @@ class Crew:
 
     @property
     def num_living(self) -> int:
-        """All but those that drain."""
+        """All but those that drain or are aside."""
         return self.num_ready + self.num_starting
 
     @property
@@ -64,7 +67,7 @@ class Crew:
         self.members[name] = Member()
         self.num_starting += 1
 
-    def load(self, name: str, max_sequences: int, device: str) -> bool:
+    def load(self, name: str, max_sequences: int, device: str, *, aside: bool = False) -> bool:
         """A worker is ready; False when that is no news, or it is not known."""
         member = self.members.get(name)
         if member is None or member.ready:
@@ -72,9 +75,11 @@ class Crew:
         member.ready = True
         member.min_rows = max(MIN_LEASE_ROWS, max_sequences)
         member.device = device
+        member.aside = aside
         self.num_loaded += 1
         if not member.draining:
             self.num_starting -= 1
+        if member.is_open:
             self.num_ready += 1
             self.devices[device] += 1
             self.idle[name] = None
@@ -102,16 +107,22 @@ class Crew:
         return member
 
     def _leave(self, name: str, member: Member) -> None:
-        """Take a worker out of what counts those that are not draining."""
+        """Take a worker out of what counts those that may be given leases, or will be."""
         self.idle.pop(name, None)
         self.hungry.pop(name, None)
         if not member.ready:
             self.num_starting -= 1
             return
+        if member.aside:
+            return
         self.num_ready -= 1
         self.devices[member.device] -= 1
         if not self.devices[member.device]:
             del self.devices[member.device]
+
+    def sitting_on(self, devices: Container[str]) -> list[str]:
+        """The workers that are aside on one of these."""
+        return [n for n, found in self.members.items() if found.aside and found.device in devices]
 
     def want(self, name: str, count: int) -> None:
         """A worker has room for so many leases more."""

@@ -232,6 +232,15 @@ class CancelLease:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAside:
+    """A device ends whatever runs on it; workers that start there get nothing to do. No more than
+    news: whoever it is for is told."""
+
+    device: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class FailShard:
     """Record that the shard cannot be run."""
 
@@ -254,4 +263,13 @@ class FinishRun:
     outcome: Outcome
 
 
-Command = StartWorker | StopWorker | StartLease | CancelLease | FailShard | DrainRun | FinishRun
+Command = (
+    StartWorker
+    | StopWorker
+    | StartLease
+    | CancelLease
+    | SetAside
+    | FailShard
+    | DrainRun
+    | FinishRun
+)

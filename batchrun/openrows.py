@@ -97,6 +97,11 @@ class OpenRows:
         for output in outputs:
             self._take(output)
 
+    def take_in(self) -> None:
+        """Take in the tokens that the engine's last step sampled; no step follows."""
+        for output in self._engine.take_in():
+            self._take(output)
+
     def take_verdicts(self, timeout_s: float) -> None:
         """Samples whose verdict is there go on; waits so long for one to come."""
         for open_row, completion in self._scoring.take(timeout_s):

@@ -280,6 +280,7 @@ class Pipeline:
         What storage does not take, or not in time, is generated again, nothing worse.
         """
         until = self._clock() + timeout_s
+        self._rows.take_in()
         self._rows.take_verdicts(min(_SCORES_S, timeout_s))
         self._saving.begin_last(self._leases, self._rows.running, until)
         while True:

@@ -51,6 +51,7 @@ from batchrun.events import (
     Outcome,
     OutcomeKind,
     RunStarted,
+    SetAside,
     StartLease,
     StartWorker,
     StopRequested,
@@ -291,6 +292,8 @@ class _Driver:
                 case CancelLease(worker, attempt):
                     self._tally.give_up(attempt)
                     self._the_fleet.cancel(worker, attempt)
+                case SetAside(device, message):
+                    self._view.say(f"{device} gets no more work: {message}")
                 case DrainRun(message):
                     self._drain(message)
                 case FailShard() | FinishRun():

@@ -23,6 +23,7 @@ from batchrun.events import (
     LeaseFailed,
     LeaseReturned,
     OutcomeKind,
+    SetAside,
     StartLease,
     StartWorker,
     StopRequested,
@@ -124,6 +125,8 @@ class Story:
                     )
             case CancelLease(worker, attempt):
                 self._close(attempt, "lease_cancelled", "its rows are safe, or not needed", worker)
+            case SetAside(device, message):
+                log_event("device_set_aside", message, level=logging.ERROR, device=device)
             case FailShard(shard, message):
                 log_event("shard_failed", message, level=logging.ERROR, shard=shard.name)
             case DrainRun(message):

@@ -374,29 +374,21 @@ class Engine:
         try:
             with torch_threads(self.num_threads):
                 passes = self.runner.launch(step) if step else []
-                outputs += self._take_in()
+                outputs += self.take_in()
                 if step:
                     self._in_flight = _InFlight(self.runner.sample(passes), started, least_seconds)
                 if not self._overlaps or not self.num_running:  # nobody may come for it
-                    outputs += self._take_in()
+                    outputs += self.take_in()
         except torch.OutOfMemoryError as full:
-            outputs += self._take_in()  # what was sampled before is sound
+            outputs += self.take_in()  # what was sampled before is sound
             outputs += self._shed(full, num_running)
         return outputs
 
-    def _schedule(self, now: float) -> Step:
-        step = self._scheduler.schedule()
-        for sequence in step.admitted:
-            sequence.admitted_at = now
-            self._prompt_tokens += len(sequence.request.prompt_token_ids) - sequence.num_cached
-            self._prefix_tokens += sequence.num_cached
-        if step.admitted and self.on_admit is not None:
-            self.on_admit([sequence.request.key for sequence in step.admitted])
-        return step
-
-    def _take_in(self) -> list[Output]:
+    def take_in(self) -> list[Output]:
         """Wait for what the step in flight sampled, if there is one, and give each sequence its
-        token; the outputs of those that ended."""
+        token; the outputs of those that ended.
+
+        Each step does it. It is asked for where no step follows, so that no token is lost."""
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is None:
             return []
@@ -471,6 +463,16 @@ class Engine:
         :raises RuntimeError: they are not.
         """
         self._scheduler.check_integrity()
+
+    def _schedule(self, now: float) -> Step:
+        step = self._scheduler.schedule()
+        for sequence in step.admitted:
+            sequence.admitted_at = now
+            self._prompt_tokens += len(sequence.request.prompt_token_ids) - sequence.num_cached
+            self._prefix_tokens += sequence.num_cached
+        if step.admitted and self.on_admit is not None:
+            self.on_admit([sequence.request.key for sequence in step.admitted])
+        return step
 
     def _shed(self, error: torch.OutOfMemoryError, num_running: int) -> list[Output]:
         """The device has no memory for a step of so many: run half as many from now on.

@@ -194,6 +194,10 @@ class FakeEngine:
             self.ledger.add(num_sampled)
         return outputs
 
+    def take_in(self) -> list[Output]:
+        """Nothing: a step takes in what it sampled."""
+        return []
+
     @property
     def num_waiting(self) -> int:
         """Requests without a slot."""

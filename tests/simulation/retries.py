@@ -37,7 +37,6 @@ RETRY_RULES = {
     "unlocked": "only who holds the lock replaces a part",
     "norecover": "whoever opens the run finishes what a retry left half done",
     "latestage": "what an older retry than the last staged is swept, not applied",
-    "sweepfirst": "what was staged is swept when the next retry is planned, not before",
     "sweepall": "a success leaves the journal of a retry that was cut off",
     "oldjournal": "a retry begins without the journal of what was published",
     "replan": "a retry that was cut off goes on as it was planned",
@@ -365,6 +364,8 @@ class RetrySimulation(Simulation):
         """Failed rows of what has a part are tried again."""
         shards = self.read_plan()
         parts = yield from self.committed(epoch, shards)
+        for _ in range(self.random.choice([0, 30])):
+            yield  # to read the parts takes its time
         retry = yield from self.begin_retry(epoch, parts)
         finished = [shard for shard in shards if shard.number in parts]
         done = {
@@ -398,7 +399,7 @@ class RetrySimulation(Simulation):
         last, staged, _ = self.look()
         if last:
             latest, rows = self.objects[f"retry/plan-{last:04}"][0]
-            left = {number: rows[number] for number in self.left()}
+            left = {number: rows[number] for number in self.left() if number in parts}
             goes_on = bool(left) and latest == kinds
             self.chain += not goes_on
             self.chains[epoch] = self.chain
@@ -414,13 +415,13 @@ class RetrySimulation(Simulation):
         if not rows:
             return Retry(0, kinds, {}, {})
         old = [f"retry/{number}-{retry:04}.staged" for number, retry in staged]
-        if self.without == "sweepfirst":
-            yield from self.delete(epoch, old)
         if self.without != "oldjournal":
             for number in rows:
                 yield from self.delete(epoch, self.listed(f"journal/{number}/"))
         if "lost" in kinds:
             yield from self.delete(epoch, self.listed("strike/"))
+        for _ in range(self.random.choice([0, 30])):
+            yield  # there may be many to delete
         body = kinds, rows
         if (yield from self.put(f"retry/plan-{last + 1:04}", body, "")) == "unknown":
             raise DriverDies

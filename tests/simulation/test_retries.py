@@ -10,7 +10,7 @@ from tests.simulation.protocol import first_violation
 from tests.simulation.retries import RETRY_RULES, RetrySimulation
 
 # Their damage takes so rare a schedule that scripts/simulate.py looks for it, not every test run.
-RARE = {"latestage", "recorded", "sweepall", "sweepfirst"}
+RARE = {"eager", "latestage", "norecover", "recorded"}
 
 
 def test_no_schedule_breaks_a_promise() -> None:

@@ -16,6 +16,7 @@ from batchrun.coordinator import (
     OutcomeKind,
     RunStarted,
     RunState,
+    SetAside,
     StartLease,
     StartWorker,
     WorkerLost,
@@ -54,6 +55,7 @@ class Run:
         )
         self.leases: dict[str, list[Lease]] = {}
         self.outcome: Outcome | None = None
+        self.aside: list[str] = []  # devices
         self.last: list[Command] = []
         self.handle(RunStarted())
 
@@ -70,6 +72,8 @@ class Run:
                 case CancelLease(name, attempt):
                     held = self.leases[name]
                     held[:] = [lease for lease in held if lease.attempt != attempt]
+                case SetAside(device, _):
+                    self.aside.append(device)
                 case FinishRun(outcome):
                     self.outcome = outcome
         return self.last

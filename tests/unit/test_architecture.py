@@ -32,7 +32,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"evaluate"}),
     frozenset({"coordinator", "data", "engine"}),
     frozenset({"attempts"}),
-    frozenset({"backlog", "canary", "crew", "meter"}),
+    frozenset({"backlog", "canary", "crew", "devices", "meter"}),
     frozenset({"model"}),
     frozenset({"job", "manifest", "metrics"}),
     frozenset({"jobproblems", "jobrules", "events"}),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 
 from batchrun.coordinator import (
@@ -186,6 +189,58 @@ def test_the_next_try_of_a_row_is_on_another_device() -> None:
     run.handle(LeasesWanted("3-2", 1))
     run.done("3-2")
     assert run.rows("3-2") == [(0, [3])]
+
+
+def on_two_devices(run: Run, kills: Callable[[str, int], bool]) -> Counter[str]:
+    """Run to the end on two GPUs: a worker dies when one of the rows that it has in flight, the
+    next four of its lease, ``kills`` it there, or else ends the lease; the deaths on each."""
+    deaths: Counter[str] = Counter()
+    device: dict[str, str] = {}
+    journal: set[tuple[int, int]] = set()
+    while run.outcome is None:
+        for name in run.workers:
+            taken = {device[other] for other in run.state.crew.members if other in device}
+            free = sorted({"a", "b"} - taken)
+            if name not in device and free:
+                device[name] = free[0]
+                run.ready(name, device=free[0])
+        for name in list(device):
+            if run.outcome is not None or not run.leases[name]:
+                continue
+            lease = run.leases[name][0]
+            number = lease.shard.number
+            left = [
+                row for row in lease.rows if (number, row) not in journal and row not in lease.lost
+            ]
+            for flying in (left[at : at + 4] for at in range(0, len(left), 4)):
+                if any(kills(device[name], row) for row in flying):
+                    deaths[device[name]] += 1
+                    run.lost(name, *((number, row) for row in flying))
+                    break
+                journal |= {(number, row) for row in flying}
+            else:
+                run.done(name)
+    return deaths
+
+
+def test_a_device_that_kills_whatever_it_runs_is_set_aside() -> None:
+    """After three deaths with nothing done in between; no row is given up for it."""
+    run = Run([64] * 8, num_workers=2, max_retries=1)
+    deaths = on_two_devices(run, lambda device, row: device == "a")
+    assert ended(run) == (OutcomeKind.SUCCESS, 0)
+    assert run.aside == ["a"]
+    assert 3 <= deaths["a"] <= 3 + 1 and deaths["b"] == 0
+
+
+@pytest.mark.parametrize(("every", "num_aside"), [(8, 1), (32, 0)])
+def test_a_device_that_was_not_to_blame_is_given_back(every: int, num_aside: int) -> None:
+    """Rows that kill, some in a row on one GPU, look like a bad one, until they kill on the other
+    too; fewer of them do not."""
+    run = Run([64] * 4, num_workers=2, max_retries=1, max_failed_rows=100)
+    deaths = on_two_devices(run, lambda device, row: row % every == 7)
+    assert ended(run) == (OutcomeKind.SUCCESS, 4 * 64 // every)
+    assert min(deaths["a"], deaths["b"]) > 3
+    assert (len(run.aside), run.state._aside) == (num_aside, frozenset())
 
 
 def test_on_one_device_deaths_count_as_they_come() -> None:

@@ -14,6 +14,7 @@ import pytest
 from batchrun.data.journal import Journal, JournalWriter, read_journal
 from batchrun.data.store import Store
 from batchrun.engine.engine import Engine
+from batchrun.engine.model_runner import Drawn, Pass
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.request import Output
 from batchrun.errors import OutputError, StorageError
@@ -217,6 +218,30 @@ def test_a_worker_that_drains_hands_over_every_token(
         rows, _ = run.whole()
         assert rows == expected, num_steps
         assert sampled(run) - before == cost, num_steps
+
+
+def test_what_is_in_flight_is_handed_over_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps overlap, the tokens of the last one wait for a next one that does not come."""
+    options = EngineOptions(max_sequences=4, overlap=True)
+    run = Run(tmp_path, Engine.load(find_checkpoint("tiny"), options), sums(3), LONG)
+    sample, num_drawn = run.engine.runner.sample, 0
+
+    def counting(passes: list[Pass]) -> list[Drawn]:
+        nonlocal num_drawn
+        drawn = sample(passes)
+        num_drawn += sum(len(one.sequences) for one in drawn)
+        return drawn
+
+    monkeypatch.setattr(run.engine.runner, "sample", counting)
+    pipeline = run.pipeline()
+    pipeline.start(run.lease())
+    run.steps(pipeline, 12)
+    assert sampled(run) < num_drawn
+    assert pipeline.finish(10.0).discarded_tokens == 0
+    running = run.journals.read(run.setup.shards[0]).running.values()
+    assert sum(len(generated.token_ids) for generated in running) == num_drawn == sampled(run)
 
 
 def test_a_killed_worker_loses_what_came_after_its_last_flush(make: MakeRun) -> None:
