@@ -237,13 +237,14 @@ class OpenLease:
         return self._num_tokens + (0 if self._flush is None else self._flush.num_tokens)
 
     def is_due(self, now: float, interval_s: float) -> bool:
-        """Whether it is time for the journal: after the interval, when there is much, and when a
-        lease that is not whole has all its rows."""
+        """Whether it is time for the journal: after the interval, also while the part is on its way
+        to storage, when there is much, and when a lease that is not whole has all its rows."""
         if self._flush is not None:
             return False
+        is_late = now - self._flushed_at >= interval_s
         if self.has_all_rows:
-            return not self.lease.whole and bool(self._finished)
-        return now - self._flushed_at >= interval_s or self._num_bytes >= MAX_UNSAVED_BYTES
+            return bool(self._finished) and (is_late or not self.lease.whole)
+        return is_late or self._num_bytes >= MAX_UNSAVED_BYTES
 
     def start_flush(
         self,

@@ -9,8 +9,8 @@
 3. Finished samples are scored where the job asks for it, and go to the lease's part writer,
    which puts them into input order (:mod:`batchrun.openrows`, :mod:`batchrun.scoring`).
 4. Every ``checkpoint.interval_s`` what is finished and what is begun goes to the journal, and so it
-   does when the work has to stop. A lease that is whole and has all its rows is published. Both
-   happen in a thread, while the engine goes on (:mod:`batchrun.saving`).
+   does when the work has to stop. A lease that is whole and has all its rows is published. Each
+   happens in a thread, while the engine goes on (:mod:`batchrun.saving`).
 
 A bad row is a completion with an error. An unreadable shard is a failed lease. Anything else that
 goes wrong is raised from :meth:`Pipeline.work`, and whoever runs the pipeline decides.

@@ -40,7 +40,9 @@ class Saving:
         self._recorder = recorder
         self._clock = clock
         self._writers: dict[str, LeaseJournal] = {}  # by attempt
-        self._saver = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        # Two, so that no part that takes long holds up a journal.
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="open")
 
     def open(self, lease: Lease) -> Future[Journal]:
@@ -69,13 +71,13 @@ class Saving:
         """Make parts of whole leases that have all their rows."""
         for item in leases:
             if item.lease.whole and item.publishing is None and item.has_all_rows:
-                item.publishing = self._saver.submit(self._finish_part, item)
+                item.publishing = self._publisher.submit(self._finish_part, item)
 
     @staticmethod
     def pending(leases: Iterable[OpenLease]) -> list[Future[Any]]:
-        """What is on its way to storage."""
-        both = ((item.publishing, item.flushing) for item in leases)
-        return [future for pair in both for future in pair if future is not None]
+        """What is on its way to storage and waited for: of each lease its journal first."""
+        first = (item.flushing or item.publishing for item in leases)
+        return [future for future in first if future is not None]
 
     def settle(self, item: OpenLease) -> FinishedLease | None:
         """Take note of what storage has done for a lease; the lease when all of it is safe.
@@ -85,7 +87,8 @@ class Saving:
         """
         if item.flushing is not None and item.flushing.done():
             self._end_flush(item)
-        if item.publishing is not None and item.publishing.done():
+        if item.publishing is not None and item.publishing.done() and item.flushing is None:
+            # Nothing of its journal comes after its part, when the journal is deleted.
             return item.finished(item.publishing.result())
         if not item.lease.whole and item.is_safe:
             return item.finished()
@@ -131,7 +134,7 @@ class Saving:
 
     def close(self) -> None:
         """Begin with nothing more. May be called twice."""
-        for executor in (self._saver, self._opener):
+        for executor in (self._publisher, self._flusher, self._opener):
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _finish_part(self, item: OpenLease) -> Part:
@@ -140,7 +143,7 @@ class Saving:
 
     def _flush(self, item: OpenLease, running: Running) -> None:
         writer = self._writers[item.lease.attempt]
-        item.start_flush(writer, running(item), self._saver, self._clock())
+        item.start_flush(writer, running(item), self._flusher, self._clock())
 
     def _end_flush(self, item: OpenLease) -> None:
         started_at = item.end_flush()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,20 +50,24 @@ def part_metadata(run: str, shard: Shard, num_rows: int, sha256: str) -> dict[st
     }
 
 
+def digest_of(source: BinaryIO) -> tuple[int, str]:
+    """How many bytes a file has from here on, and their SHA-256 in hex."""
+    digest = hashlib.sha256()
+    size = 0
+    while chunk := source.read(_HASH_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
+
+
 def part_from_object(store: Store, run: str, shard: Shard, name: str, n: int) -> Part:
     """The part at ``name``, described by reading it.
 
     Raises :class:`~batchrun.errors.ShardError` when the object is not the part of this shard and
     run. It is then left alone: a person decides.
     """
-    import hashlib
-
     with store.open_file(name) as source:
-        digest = hashlib.sha256()
-        size = 0
-        while chunk := source.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+        size, sha256 = digest_of(source)
         source.seek(0)
         try:
             with pq.ParquetFile(source) as parquet:
@@ -82,7 +88,7 @@ def part_from_object(store: Store, run: str, shard: Shard, name: str, n: int) ->
         name=name,
         attempt="",
         size_bytes=size,
-        sha256=digest.hexdigest(),
+        sha256=sha256,
         num_rows=num_rows,
         counts=counts,
     )

@@ -10,7 +10,7 @@
 A copy is one step of the store, so a reader sees the old part or the new one. Whoever opens the
 run next finishes what was cut off: while a staged part with a record is there, step 3 is repeated.
 So a part has been replaced when its record is there and the staged part is not. Only what the
-newest plan asked for takes a place; what workers of older retries still stage is swept.
+newest plan asked for takes a place; what older retries staged is swept, unless it stands there.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from batchrun.data.layout import (
 )
 from batchrun.data.parts import (
     CALLS_COLUMN,
+    digest_of,
     part_from_json,
     part_from_object,
     part_metadata,
@@ -124,8 +125,6 @@ def begin_retry(
     path = retry_plan_path(run, last + 1)
     if not store.put_if_absent(path, json.dumps(plan, indent=1).encode(), uuid.uuid4().hex):
         raise OutputError(f"output: {store.url}/{path} was made by another retry", "try again")
-    # Not before: without the plan a part that was staged meanwhile is still to take its place.
-    store.delete([staged_path(run, *key) for key in staged])
     return Retry(last + 1, chosen, rows, {number: parts[number] for number in rows})
 
 
@@ -236,12 +235,23 @@ def apply_staged(store: Store, run: str, shard: int, number: int) -> Part:
 def recover(store: Store, run: str) -> int:
     """Finish what retries left half done; how many parts that were. For whoever opens the run."""
     last, staged, recorded = _look(store, run)
+    done = {k for k in staged & recorded if k[1] == last or _is_copied(store, run, *k)}
     # A worker that was given up may come late, when the next retry is under way.
-    store.delete([staged_path(run, *key) for key in staged if key[1] < last])
-    done = sorted(key for key in staged & recorded if key[1] == last)
-    for shard, number in done:
+    store.delete([staged_path(run, *key) for key in staged - done if key[1] < last])
+    for shard, number in sorted(done):
         apply_staged(store, run, shard, number)
     return len(done)
+
+
+def _is_copied(store: Store, run: str, shard: int, number: int) -> bool:
+    """Whether a staged part stands in its place, but not in the commit record yet."""
+    old, new = _read_record(store, run, shard, number)
+    current = part_from_json(store.read(commit_path(run, shard)) or b"null")
+    found = store.info(new.name)
+    if current.sha256 != old.sha256 or found is None or found.size_bytes != new.size_bytes:
+        return False
+    with store.open_file(new.name) as source:
+        return digest_of(source) == (new.size_bytes, new.sha256)
 
 
 def is_cut_off(store: Store, run: str, part: Part, sha256: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from batchrun.data.jobrecord import require_run
 from batchrun.data.kept import KeptParts, read_kept_parts
 from batchrun.data.layout import FOLDER, SUCCESS, journal_folder, part_name, run_folder
-from batchrun.data.parts import RUN_KEY, part_from_json
+from batchrun.data.parts import RUN_KEY, digest_of, part_from_json
 from batchrun.data.plan import count_rows, read_plan
 from batchrun.data.retry import is_cut_off
 from batchrun.data.run import RunDirectory, success_counts
@@ -24,7 +23,6 @@ from batchrun.errors import BatchrunError, OutputError
 from batchrun.records import Counts, Part, Shard
 
 _THREADS = 4
-_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +118,9 @@ def _check_part(store: Store, run: str, shard: Shard, part: Part, rule: _Rule) -
         return
     try:
         with store.open_file(part.name) as source:
-            digest = hashlib.sha256()
-            size = 0
-            while chunk := source.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-            if (size, digest.hexdigest()) != (part.size_bytes, part.sha256):
-                if is_cut_off(store, run, part, digest.hexdigest()):
+            size, sha256 = digest_of(source)
+            if (size, sha256) != (part.size_bytes, part.sha256):
+                if is_cut_off(store, run, part, sha256):
                     yield f"{part.name}: a retry was cut off; submit the job again to finish it"
                     return
                 yield (

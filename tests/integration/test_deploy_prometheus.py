@@ -106,7 +106,7 @@ def scraped(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         prometheus = Prometheus(port)
         wait_until_up(prometheus, server, folder / "log")
         work = Work(folder)
-        work.write("a", sums(300))
+        work.write("a", sums(150))
         raw = work.raw(
             generation={"max_tokens": 60, "ignore_eos": True},
             metrics={"port": run_port},
@@ -200,5 +200,5 @@ def test_labels_are_the_runs_own(scraped: Prometheus) -> None:
     its last word is in the database, its series have ended."""
     [done] = scraped.ask('batchrun_rows_total{status="done"}', last_moment(scraped))
     assert done["metric"]["job"] == "scraped"
-    assert 0 < float(done["value"][1]) <= 300
+    assert 0 < float(done["value"][1]) <= 150
     assert scraped.ask("batchrun_rows_total") == []

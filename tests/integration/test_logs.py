@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .conftest import Command, Work, sums, worker_pids
+from .conftest import Call, Command, Work, sums, worker_pids
 
 MARKER = "What is 77+5?"
 SECRET = "AKIAIOSFODNN7EXAMPLE"
@@ -90,12 +90,10 @@ def test_a_log_tells_the_story_of_every_shard(
         assert not any(question in where for question in sums(11))
 
 
-def test_a_log_that_cannot_be_written_is_refused(
-    work: Work, batchrun: Callable[..., Command]
-) -> None:
+def test_a_log_that_cannot_be_written_is_refused(work: Work, call: Call) -> None:
     """Before anything begins, with exit code 2 and the reason."""
     work.write("a", sums(1))
-    code, out, err = batchrun("submit", work.job_file(), "--log-file", work.folder).end()
+    code, out, err = call("submit", work.job_file(), "--log-file", work.folder)
     assert (2, "") == (code, out)
     assert "--log-file" in err and "Traceback" not in err
     assert not (work.folder / "out").exists()

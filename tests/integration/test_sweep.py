@@ -27,7 +27,7 @@ from batchrun.errors import JobError, OutputError
 from batchrun.job import parse_job
 from batchrun.jobfile import JobSource
 
-from .conftest import Command, WarmRuns, Work, answer_of, sums
+from .conftest import Call, Command, WarmRuns, Work, answer_of, sums
 
 SECTIONS: dict[str, dict[str, object]] = {
     "generation": {"max_tokens": 64, "temperature": 0.7, "n": 2, "logprobs": 0, "seed": 4},
@@ -176,7 +176,7 @@ def test_deterministic_sweeps_are_equal_to_the_byte(work: Work) -> None:
 
 
 def test_sigterm_keeps_what_is_done(
-    work: Work, batchrun: Callable[..., Command], cluster: str
+    work: Work, batchrun: Callable[..., Command], call: Call, cluster: str
 ) -> None:
     """Exit code 75 in the midst of the first budget; the same command does the rest."""
     for number in range(6):
@@ -191,7 +191,7 @@ def test_sigterm_keeps_what_is_done(
     assert "submit again to resume" in err and "Traceback" not in err
     kept = len(work.parts("sweep/budget-full"))
     assert 1 <= kept < 6 and not work.parts("sweep/budget-0")
-    code, out, err = batchrun(*arguments).end(timeout_s=90)
+    code, out, err = call(*arguments)
     assert code == 0, err
     assert len(work.rows("sweep/budget-0")) == len(work.rows("sweep/budget-full")) == 720
     assert "accuracy" not in out and "cost" not in out  # neither scores nor a price
@@ -259,18 +259,18 @@ def test_wrong_budgets_are_usage_errors(arguments: list[str]) -> None:
     assert " sweep --help`" in result.output
 
 
-def test_the_demonstration_can_be_swept(batchrun: Callable[..., Command], tmp_path: Path) -> None:
-    """The command, in a Ray of its own: table, plot and choice on stdout, then JSON alone."""
+def test_the_demonstration_can_be_swept(call: Call, cluster: str, tmp_path: Path) -> None:
+    """The command: table, plot and choice on stdout, then JSON alone."""
     arguments = [
         "sweep", "jobs/demo.yaml", "--thinking-budget", "off,0,full", "--set", "input.limit=40",
         "--set", f"output.path={tmp_path / 'sweep'}", "--set", "metrics.port=null",
     ]  # fmt: skip
-    code, out, said = batchrun(*arguments).end(timeout_s=120)
+    code, out, said = call(*arguments)
     assert code == 0, said
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["budget", "off", "0", "full"]
     assert "\n\ncheapest within 1% of the best: budget full" in out
     assert "thinking budget off (3 of 3)" in said and "done: 3 budgets" in said
-    code, out, said = batchrun(*arguments, "--json", "--quiet").end(timeout_s=60)
+    code, out, said = call(*arguments, "--json", "--quiet")
     assert (code, said) == (0, "")
     document = json.loads(out)
     assert document == json.loads((tmp_path / "sweep/sweep.json").read_text())

@@ -309,7 +309,8 @@ class RetrySimulation(Simulation):
         """As ``batchrun.data.retry.recover``."""
         last, staged, recorded = self.look()
         for number, retry in sorted(staged & recorded, key=lambda key: key[::-1]):
-            if retry < last and self.without != "latestage":
+            late = retry < last and not self.is_copied(number, retry)
+            if late and self.without != "latestage":
                 self.seen["late parts swept"] += 1
                 self.check_lock(epoch)
                 key = f"retry/{number}-{retry:04}.staged"
@@ -317,6 +318,13 @@ class RetrySimulation(Simulation):
             elif self.without != "norecover":
                 self.seen["retries recovered"] += 1
                 yield from self.apply_staged(epoch, number, retry)
+
+    def is_copied(self, number: int, retry: int) -> bool:
+        """Whether a staged part was copied, and its record not replaced yet."""
+        old, new = self.objects[f"retry/{number}-{retry:04}.record"][0]
+        shard = next(shard for shard in self.read_plan() if shard.number == number)
+        part, record = self.objects[part_key(shard)][0], self.objects[f"record/{number}"][0]
+        return bool(record == old and part == new)
 
     def committed(
         self, epoch: int, shards: Sequence[Shard]
@@ -396,7 +404,7 @@ class RetrySimulation(Simulation):
             kinds = self.unfinished
         if not self.faults:
             kinds = ("slow",)
-        last, staged, _ = self.look()
+        last, _, _ = self.look()
         if last:
             latest, rows = self.objects[f"retry/plan-{last:04}"][0]
             left = {number: rows[number] for number in self.left() if number in parts}
@@ -414,7 +422,6 @@ class RetrySimulation(Simulation):
         rows = {number: found for number, found in rows.items() if found}
         if not rows:
             return Retry(0, kinds, {}, {})
-        old = [f"retry/{number}-{retry:04}.staged" for number, retry in staged]
         if self.without != "oldjournal":
             for number in rows:
                 yield from self.delete(epoch, self.listed(f"journal/{number}/"))
@@ -427,7 +434,6 @@ class RetrySimulation(Simulation):
             raise DriverDies
         if self.objects[f"retry/plan-{last + 1:04}"][0] != body:
             raise DriverDies
-        yield from self.delete(epoch, old)
         self.unfinished = kinds
         self.seen["retries planned"] += 1
         return Retry(last + 1, kinds, rows, {number: parts[number] for number in rows})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from batchrun.engine.request import Output
 from batchrun.errors import OutputError, StorageError
 from batchrun.llm import find_checkpoint
 from batchrun.pipeline import Pipeline
-from batchrun.records import Completion, ErrorKind, FinishReason, Lease, RowError, Shard
+from batchrun.records import Completion, ErrorKind, FinishReason, Lease, Part, RowError, Shard
 from batchrun.reports import WorkReport
 from batchrun.rows import Rows
 from tests.unit.test_pipeline import Setup, sums
@@ -392,6 +393,39 @@ def test_what_storage_refuses_of_a_lease_costs_the_others_nothing(
     report = pipeline.finish(10.0)
     assert [(item.attempt, item.fresh.rows) for item in report.returned] == [(third.attempt, 2)]
     assert len(run.journals.read(run.setup.shards[0]).finished) == 2
+
+
+def test_a_part_that_takes_long_holds_up_no_journal(
+    make: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While storage takes its time with a part, the rows of other leases are made safe, and after
+    an interval those of the part are too: with a worker never more is lost than that."""
+    run = make(sums(4), interval_s=10.0)
+    pipeline = run.pipeline()
+    publish, may_go_on = pipeline._saving._publish, threading.Event()
+
+    def slow(*args: Any) -> Part:
+        assert may_go_on.wait(60)
+        return publish(*args)
+
+    monkeypatch.setattr(pipeline._saving, "_publish", slow)
+    whole, other = run.lease(), run.lease(Rows.of([0]))
+    pipeline.start(whole)
+    while not pipeline._leases[0].publishing:
+        pipeline.work(0.0)
+    assert run.journals.num_flushes == 0
+    run.clock += 10.0
+    pipeline.start(other)
+    done: list[str] = []
+    while pipeline._leases[-1].lease is other:
+        done += [item.lease.attempt for item in pipeline.work(0.0).done]
+    assert done == [other.attempt]
+    while pipeline._leases[0].flushing is not None:
+        pipeline.work(0.0)
+    assert len(run.journals.read(run.setup.shards[0]).finished) == 4
+    may_go_on.set()
+    [report] = [report for report in run.end(pipeline) if report.done]
+    assert report.done[0].part is not None and report.done[0].fresh.rows == 4
 
 
 def test_much_text_is_journaled_before_its_time(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import show_answers
+from bench import prefix, structured
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
@@ -138,32 +139,25 @@ def test_answers_of_no_run_are_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         show_answers.main()
 
 
-def test_the_prefix_benchmark_compares_two_engines() -> None:
+def test_the_prefix_benchmark_compares_two_engines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It prints the ratio with its conditions; that every token is the same is part of it."""
-    script = ROOT / "scripts" / "bench" / "prefix.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--rows", "9", "--shared", "100", "--repeat", "1"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "9 rows" in done.stdout and "tiny, cpu" in done.stdout
-    assert "every token is the same" in done.stdout.splitlines()[-1]
+    arguments = ["--rows", "9", "--shared", "100", "--repeat", "1"]
+    monkeypatch.setattr(sys, "argv", ["prefix.py", *arguments])
+    prefix.main()
+    out = capsys.readouterr().out
+    assert "9 rows" in out and "tiny, cpu" in out
+    assert "every token is the same" in out.splitlines()[-1]
 
 
-def test_the_benchmark_of_response_formats_prints_ratios() -> None:
+def test_the_benchmark_of_response_formats_prints_ratios(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It compares each kind of format with free rows, whose ratio is 1 by definition."""
-    script = ROOT / "scripts" / "bench" / "structured.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--batch", "4", "--rounds", "1", "--tokens", "8"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    arguments = ["--batch", "4", "--rounds", "1", "--tokens", "8"]
+    monkeypatch.setattr(sys, "argv", ["structured.py", *arguments])
+    structured.main()
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert list(rows) == ["free", "json_schema", "regex"]
     assert rows["free"].endswith("1.00 of free")
