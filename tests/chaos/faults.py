@@ -145,18 +145,18 @@ def _arm_load() -> None:
 def _arm_real(plan: Mapping[str, Any]) -> None:
     import torch
 
-    from batchrun.engine.model_runner import ModelRunner, NextToken
+    from batchrun.engine.model_runner import ModelRunner, Pass
     from batchrun.engine.scheduler import Step
 
     most = plan.get("max_batch")
-    run = ModelRunner.run
+    launch = ModelRunner.launch
 
-    def run_or_fail(self: ModelRunner, step: Step) -> list[NextToken]:
+    def launch_or_fail(self: ModelRunner, step: Step) -> list[Pass]:
         if most is not None and len(step.decodes) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return run(self, step)
+        return launch(self, step)
 
-    ModelRunner.run = run_or_fail  # type: ignore[method-assign]
+    ModelRunner.launch = launch_or_fail  # type: ignore[method-assign]
 
 
 def _arm_fake(plan: Mapping[str, Any], folder: Path) -> None:
