@@ -92,15 +92,18 @@ __all__ = [
 MAX_LOAD_FAILURES = 3
 # Beside workers at work, a failing load is tried again after this long.
 _LOAD_RETRY_S = 60.0
+# After the first worker is ready, all that are asked for are counted on for so long.
+_GATHERING_S = 15.0
 
 
 class RunState:
     """The run. ``done`` are parts published before; ``epoch`` is the run lock's.
 
     ``max_workers`` are asked for at once; ``min_workers`` (all of them when it is None) are
-    counted on when work is shared out. ``max_failed_rows`` is a count, or a fraction of all rows
-    when it is below 1; ``max_retries`` is how often more than once a row may outlive a worker
-    that ran it alone. ``todo`` are shards of which only some rows have to run, as the others are
+    counted on when work is shared out, the others for a short while after the first is ready.
+    ``max_failed_rows`` is a count, or a fraction of all rows when it is below 1; ``max_retries`` is
+    how often more than once a row may outlive a worker that ran it alone. ``todo`` are shards of
+    which only some rows have to run, as the others are
     known. ``strikes`` are deaths that earlier drivers wrote down. ``canary_rows`` run
     first, on one worker; ``num_samples`` is how many samples a row has. A lease is given to a
     second, idle worker when it is older than ``speculate_after_s``: before its first journal
@@ -152,6 +155,7 @@ class RunState:
         self._penalty: str | None = None  # a worker that runs dry to isolate suspects
         self._load_failures = 0
         self._no_start_before = 0.0
+        self._gathering_until = float("inf")
         self._hopeless = self.backlog.accuse(list(strikes), max_retries)
         self._canary: Canary | None = None
         self._behind: list[int] = []  # shards that wait for the canary
@@ -216,6 +220,7 @@ class RunState:
                 aside = device in self._aside
                 if self.crew.load(name, max_sequences, device, aside=aside):
                     self._load_failures = 0
+                    self._gathering_until = min(self._gathering_until, self._now + _GATHERING_S)
                     self._meter.pay(paid_s)
             case WorkerDraining(name):
                 self.crew.drain(name)
@@ -489,7 +494,11 @@ class RunState:
         return commands
 
     def _num_expected(self) -> int:
-        """Workers that are counted on and still to come."""
+        """Workers that are counted on and still to come: at first all that are asked for, as they
+        start together; later those without which the run would not have begun, as for the others
+        the cluster may have no room."""
+        if self._now < self._gathering_until:
+            return self.crew.num_starting
         return max(0, min(self.crew.num_starting, self._min_workers - self.crew.num_ready))
 
     def _num_kept_rows(self, min_rows: int) -> int:
@@ -504,7 +513,7 @@ class RunState:
     def _start_next(self, name: str, most: int) -> StartLease:
         """Give the next rows to a worker; no more than ``most`` only to fill its engine."""
         crew = self.crew
-        counted_on = max(1, crew.num_ready, self._min_workers)
+        counted_on = max(1, crew.num_ready + self._num_expected(), self._min_workers)
         min_rows = max(MIN_LEASE_ROWS, min(crew.members[name].min_rows, most))
         return self._start_lease(name, self.backlog.take(counted_on, min_rows))
 

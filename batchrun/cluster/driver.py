@@ -392,7 +392,7 @@ class _Driver:
     def _replace(self, part: Part, retry: Retry) -> None:
         """Put a staged part in the place of the one that it was made from."""
         if part.shard not in self._state.done:
-            self._lock.check()
+            self._lock.confirm()
             apply_staged(self._checked.store, self._checked.run, part.shard, retry.number)
 
     def _count_loss(self, worker: str, cause: str) -> None:
@@ -437,7 +437,7 @@ class _Driver:
         outcome = self._outcome
         self.close()
         if outcome.kind in (OutcomeKind.SUCCESS, OutcomeKind.TOO_MANY_FAILURES):
-            self._lock.check()
+            self._lock.confirm()
             self._finish(success=outcome.kind is OutcomeKind.SUCCESS)
         now = time.monotonic()
         progress = self._tally.progress(now, self._started, {})

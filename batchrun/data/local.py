@@ -72,8 +72,7 @@ class LocalStore(Store):
         """See :meth:`Store.put`. A rename replaces the old file in one step."""
         target = self._path(path)
         with border(Role.OUTPUT, str(target)), self._written(target, data) as temporary:
-            os.replace(temporary, target)
-            _sync_folder(target.parent)
+            _replace(temporary, target)
 
     def copy(self, source: str, target: str) -> None:
         """See :meth:`Store.copy`."""
@@ -81,8 +80,7 @@ class LocalStore(Store):
         if not found.is_file():
             raise OutputError(f"output: {found} does not exist")
         with border(Role.OUTPUT, str(place)), self._written(place, found) as temporary:
-            os.replace(temporary, place)
-            _sync_folder(place.parent)
+            _replace(temporary, place)
 
     def put_if_absent(
         self,
@@ -202,6 +200,19 @@ class LocalStore(Store):
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Put a written file in the place of another. Unlike a create it is not tried again when the
+    file was swept away meanwhile: whoever swept holds the output now."""
+    try:
+        os.replace(temporary, target)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"output: {target} was not written: another driver took this one for dead",
+            "submit again to resume",
+        ) from error
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

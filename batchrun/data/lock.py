@@ -191,6 +191,13 @@ class RunLock:
                 "this one was silent for too long; what it finished is kept",
             )
 
+    def confirm(self) -> None:
+        """:meth:`check` by asking the store, for who is about to replace something: after a process
+        stood still it takes a beat until ``lost`` is set."""
+        if not self._is_ours():
+            self.lost.set()
+        self.check()
+
     def __enter__(self) -> RunLock:
         return self.acquire()
 

@@ -61,17 +61,19 @@ def decode_work(config: ModelConfig, precision: Precision, batch: int, context: 
 
 
 def prefill_work(config: ModelConfig, precision: Precision, num_tokens: int) -> Work:
-    """A prompt of ``num_tokens``, in as few steps as can be; logits are made of its last token."""
+    """A prompt of ``num_tokens``, in as few steps as can be; logits are made of its last token, and
+    MLPs behind the last layer with a state see no other one."""
     counts = count_weights(config)
     chunk = min(config.chunk_size, num_tokens)
     groups = config.num_mamba_layers * config.num_groups * config.ssm_state_size
     inner = config.num_mamba_layers * config.mamba_inner_size
     # In chunks: C.B, its product with x, the states of chunks, and what they give to the outputs.
     scan = 2 * chunk * (groups + inner) + 4 * config.ssm_state_elements
-    per_token = 2 * counts.linears + scan + _attention_operations(config) * num_tokens / 2
+    last = _last_layers(config)
+    per_token = 2 * (counts.linears - last) + scan + _attention_operations(config) * num_tokens / 2
     weights = counts.step_bytes(precision.dtype_bytes, precision.quantization)
     state = 2 * precision.slot_bytes(config) + precision.token_bytes(config) * num_tokens
-    return Work(weights + state, num_tokens * per_token + 2 * counts.head)
+    return Work(weights + state, num_tokens * per_token + 2 * (counts.head + last))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class StepBound:
         self._device = device
         chunk = config.chunk_size
         prompt = prefill_work(config, precision, chunk)
-        head = 2 * count_weights(config).head
+        head = 2 * (count_weights(config).head + _last_layers(config))
         self._weights = decode_work(config, precision, 0, 0)
         self._decode = _minus(decode_work(config, precision, 1, 0), self._weights)
         one_more = _minus(decode_work(config, precision, 1, 1), self._weights)
@@ -181,6 +183,12 @@ class StepBound:
 
 def _minus(work: Work, other: Work) -> Work:
     return Work(work.num_bytes - other.num_bytes, work.num_operations - other.num_operations)
+
+
+def _last_layers(config: ModelConfig) -> int:
+    """Weights of the matrices behind the last layer that keeps a state."""
+    num_mlps = config.num_layers - config.num_layers_to_last_state
+    return num_mlps * 2 * config.hidden_size * config.intermediate_size
 
 
 def _attention_operations(config: ModelConfig) -> int:

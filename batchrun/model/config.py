@@ -78,6 +78,12 @@ class ModelConfig:
         return self.layer_pattern.count(LayerKind.MLP)
 
     @property
+    def num_layers_to_last_state(self) -> int:
+        """The number of layers up to the last that keeps a state; behind it stand MLPs alone, which
+        have nothing to do for tokens that need no logits."""
+        return len(self.layer_pattern.rstrip(LayerKind.MLP))
+
+    @property
     def mamba_inner_size(self) -> int:
         """Channels of x, y and the gate z in a Mamba-2 layer (d_inner in the paper)."""
         return self.mamba_num_heads * self.mamba_head_dim

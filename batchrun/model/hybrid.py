@@ -52,8 +52,11 @@ class Backbone(nn.Module):
         h: Tensor = self.embeddings(batch.token_ids)  # [T, hidden]
         mamba = attention = 0  # layers of each kind so far: their place in the pools
         delta: Tensor | None = None  # what the last layer adds; the next norm adds it up
-        for layer in self.layers:
+        rows = batch.logit_rows
+        for place, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
+            if place == self.config.num_layers_to_last_state:
+                h, delta = _pick(rows, h, delta)  # from here on nothing is left to other tokens
             u = ops.add_norm(h, delta, layer.norm.weight, layer.norm.eps)
             match layer.mixer:
                 case Mamba2Mixer() as mixer:
@@ -65,9 +68,14 @@ class Backbone(nn.Module):
                     attention += 1
                 case MLP() as mixer:
                     delta = mixer(u)
-        rows = batch.logit_rows
-        h, delta = h[rows], None if delta is None else delta[rows]  # [L, hidden] each
+        if self.config.num_layers_to_last_state == len(self.layers):
+            h, delta = _pick(rows, h, delta)
         return ops.add_norm(h, delta, self.norm_f.weight, self.norm_f.eps)
+
+
+def _pick(rows: Tensor | slice, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[T, hidden] -> [L, hidden] each."""
+    return h[rows], None if delta is None else delta[rows]
 
 
 class NemotronH(nn.Module):

@@ -3,8 +3,8 @@
     python scripts/bench/hybrid_vs_transformer.py [--memory-mib 600] [--prompt 256] [--output 768]
 
 Both have about 60 million random weights. Each gets the same memory and runs as many sequences at
-once as fit it; rounds alternate, and the median counts. Beside it stands what the roofline predicts
-for the published 9B hybrid and a transformer of its size on a GPU; nothing of that is measured.
+once as fit it; rounds alternate, and the median counts. ``predict.py`` says what to expect of the
+published 9B hybrid on a GPU.
 """
 
 from __future__ import annotations
@@ -21,19 +21,15 @@ from pathlib import Path
 from random import Random
 
 import torch
-from random_models import HYBRID_60M, NANO_9B_V2, TRANSFORMER_60M, random_model
+from random_models import HYBRID_60M, TRANSFORMER_60M, random_model
 from safetensors.torch import save_file
 
-from batchrun.engine.accelerators import find_accelerator
 from batchrun.engine.engine import Engine
-from batchrun.engine.memory import plan_accelerator
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.request import Request
-from batchrun.engine.roofline import predict
 from batchrun.model.config import ModelConfig
-from batchrun.model.equivalent import equivalent_transformer
-from batchrun.model.sizes import Precision, Quantization, count_weights
+from batchrun.model.sizes import count_weights
 
 
 def write_checkpoint(folder: Path, config: ModelConfig) -> Path:
@@ -104,40 +100,8 @@ def measure(args: argparse.Namespace) -> None:
     print(f"  ratio {medians['hybrid'] / medians['transformer']:.2f}")
 
 
-def foretell(name: str) -> None:
-    """The 9B hybrid and its transformer on a GPU, as the arithmetic has it."""
-    device = find_accelerator(name)
-    models = {"hybrid": NANO_9B_V2, "transformer": equivalent_transformer(NANO_9B_V2)}
-    print(f"predicted, not measured: {device.name}, output tokens/s at the roofline")
-    print("  in/out        weights   sequences: hybrid, transformer   tokens/s           ratio")
-    for prompt, output in ((1024, 1024), (8192, 16384)):
-        for quantization in Quantization:
-            precision = Precision(2, 4, quantization)
-            counts, rates = [], []
-            for config in models.values():
-                tokens = prompt + output
-                plan = plan_accelerator(
-                    config, device, precision, max_model_len=tokens, sequence_tokens=tokens
-                )
-                speed = predict(
-                    config,
-                    precision,
-                    device,
-                    batch=plan.max_sequences,
-                    input_tokens=prompt,
-                    output_tokens=output,
-                )
-                counts.append(plan.max_sequences)
-                rates.append(speed.output_rate)
-            label = "bfloat16" if quantization is Quantization.NONE else str(quantization)
-            print(
-                f"  {prompt:5}/{output:<6}  {label:8}  {counts[0]:17}, {counts[1]:<11}   "
-                f"{rates[0]:7.0f}, {rates[1]:<7.0f}   {rates[0] / rates[1]:5.2f}"
-            )
-
-
 def main() -> None:
-    """Parse the command line; measure, then predict."""
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description="A hybrid and a transformer of its size.")
     parser.add_argument("--memory-mib", type=int, default=600, help="for each engine")
     parser.add_argument("--prompt", type=int, default=256)
@@ -145,12 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--waves", type=int, default=1, help="rows for each sequence that fits")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--accelerator", default="A10", help="of the prediction")
-    parser.add_argument("--predict-only", action="store_true")
-    args = parser.parse_args()
-    if not args.predict_only:
-        measure(args)
-    foretell(args.accelerator)
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":

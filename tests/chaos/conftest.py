@@ -332,4 +332,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for number, what, *cells in sorted(lines):
         write(f"{number:>3}  {what[:58]:58} " + " ".join(f"{cell:>12}" for cell in cells))
     survived = sum(1 for line in lines if line[2] == "yes")
-    write(f"{survived} of {len(lines)} faults survived")
+    known = [dict(report.user_properties) for report in reports]
+    lost, twice, again = (
+        sum(int(found.get(name) or 0) for found in known) for name in ("lost", "twice", "again")
+    )
+    waits = sorted(float(found["recovery_s"]) for found in known if found.get("recovery_s"))
+    write(
+        f"{len(lines)} faults injected, {survived} survived; {lost} rows lost, {twice} twice; "
+        f"{again:,} tokens generated twice"
+        + (f"; recovery {waits[len(waits) // 2]:g} s, at most {waits[-1]:g} s" if waits else "")
+    )

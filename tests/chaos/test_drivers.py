@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from batchrun.data.layout import SUCCESS, strikes_folder
+from batchrun.data.layout import SUCCESS, epochs_folder, strikes_folder
 from batchrun.data.status import discard
 from batchrun.data.verify import verify_run
 from tests.chaos.conftest import POISON, Field, Rows
@@ -64,6 +64,32 @@ def test_two_drivers(field: Field, expected: Rows, batchrun: Start, cluster: str
     assert "another live run holds" in ends[1][2] and "Traceback" not in ends[1][2]
     assert json.loads(ends[0][1])["rows"]["done"] == len(expected)
     field.check("two", expected, losses=0)
+
+
+@pytest.mark.chaos
+@pytest.mark.fault(38, "a driver stands still until another has its lock, and goes on")
+def test_a_driver_that_stands_still(
+    field: Field, expected: Rows, batchrun: Start, cluster: str
+) -> None:
+    """The second takes over after 20 s of silence on its own clock; the first finds the lock lost
+    when it wakes up, says so, and changes nothing any more."""
+    field.plan("still", engine={"step_s": 0.1})
+    store = field.store("still")
+    first = field.command(batchrun, "still", cluster)
+    first.wait_until(lambda: field.sampled("still") > 100)
+    (run,) = store.folders("_batchrun")
+    field.fault()
+    os.kill(first.process.pid, signal.SIGSTOP)
+    try:
+        second = field.command(batchrun, "still", cluster)
+        second.wait_until(lambda: len(store.list(epochs_folder(run))) == 2)
+    finally:
+        os.kill(first.process.pid, signal.SIGCONT)
+    code, _, err = first.end()
+    assert code == 4 and "Traceback" not in err, err
+    code, _, err = second.end(timeout_s=120)
+    assert code == 0, err
+    field.check("still", expected, losses=2, step_s=0.1)
 
 
 @pytest.mark.fault(13, "the driver ends between manifest and _SUCCESS")

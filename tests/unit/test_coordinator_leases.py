@@ -91,10 +91,9 @@ def test_a_small_shard_is_not_split() -> None:
 
 @pytest.mark.parametrize("sizes", [[120], [10] * 12, [100, 20], [2000]])
 def test_who_is_ready_first_leaves_work_for_the_others(sizes: list[int]) -> None:
-    """However many rows an engine could run at once, a worker that is counted on and comes a
-    little later finds its fair share, or an engine-full of it; nothing waits for one that never
-    comes."""
-    run = Run(sizes, num_workers=2)
+    """However many rows an engine could run at once, a worker that comes a little later finds its
+    fair share, or an engine-full of it; nothing waits for one that never comes."""
+    run = Run(sizes, num_workers=2, min_workers=1)
     first, second = run.workers
     run.ready(first, max_sequences=128)
     for _ in range(3):
@@ -106,8 +105,10 @@ def test_who_is_ready_first_leaves_work_for_the_others(sizes: list[int]) -> None
     run.ready(second, max_sequences=128)
     run.handle(LeasesWanted(second, 9))
     assert sum(run.sizes(second)) == left
-    run = Run(sizes, num_workers=2)
+    run = Run(sizes, num_workers=2, min_workers=1)
     run.ready(first, max_sequences=128)
+    run.handle(Tick(16), LeasesWanted(first, 99))
+    assert run.state.backlog.num_rows == 0
     while run.outcome is None:
         run.done(first)
     assert ended(run) == (OutcomeKind.SUCCESS, 0)
@@ -333,13 +334,18 @@ def test_a_range_can_be_tried_again_too() -> None:
 
 
 def test_all_workers_are_asked_for_at_once_and_used_as_they_come() -> None:
-    """``max`` is asked for; work is shared out among those that are there, at least ``min``."""
+    """``max`` is asked for. While they gather, work is shared out among all of them; those that are
+    not there a little after the first get none kept, but for ``min``: the cluster may have no room
+    for them."""
     run = Run([8000], num_workers=8, min_workers=2)
     assert len(run.workers) == 8
     run.ready("3-1")
-    assert run.sizes("3-1") == [2000]
+    assert run.sizes("3-1") == [500]
+    run.handle(Tick(16))
+    run.done("3-1")
+    assert run.sizes("3-1") == [7500 // 4]
     run.ready("3-2", "3-3", "3-4")
-    assert run.sizes("3-4")[0] < run.sizes("3-2")[0] == 1500
+    assert run.sizes("3-4")[0] < run.sizes("3-2")[0] == (7500 - 1875) // 4
 
 
 def test_one_big_shard_asks_for_many_workers() -> None:

@@ -59,6 +59,24 @@ def test_what_another_driver_swept_away_is_written_again(
     assert [(item.path, store.read(item.path)) for item in store.list()] == [("part", b"1")]
 
 
+def test_what_another_driver_swept_away_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that was taken for dead does not overwrite what its successor has written."""
+    store, replace = LocalStore(str(tmp_path)), os.replace
+
+    def late(source: str, target: str) -> None:
+        LocalStore(str(tmp_path)).sweep()
+        replace(source, target)
+
+    store.put("progress", b"1")
+    monkeypatch.setattr(os, "replace", late)
+    for write in (lambda: store.put("progress", b"2"), lambda: store.copy("progress", "progress")):
+        with pytest.raises(StorageError, match="another driver took this one for dead"):
+            write()
+    assert store.read("progress") == b"1"
+
+
 def test_a_full_disk_is_a_storage_error_and_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

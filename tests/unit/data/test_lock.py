@@ -233,6 +233,16 @@ def test_a_holder_that_was_followed_learns_it_and_keeps_off(store: Store) -> Non
     assert seen is not None and (seen.epoch, seen.released) == (99, False)
 
 
+def test_a_holder_that_stood_still_replaces_nothing(store: Store) -> None:
+    """Whoever is about to replace something asks the store whether the lock is still its own."""
+    with RunLock(store, "run", beat_s=60) as slow:
+        slow.confirm()
+        with RunLock(store, "run", sleep=lambda _: None, expiry_s=0.0):
+            slow.check()
+            with pytest.raises(OutputHeldError, match="another run took over"):
+                slow.confirm()
+
+
 def test_the_holder_beats(store: Store) -> None:
     """The counter moves by itself until the release."""
     with lock_of(store, beat_s=0.01):

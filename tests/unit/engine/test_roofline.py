@@ -86,12 +86,12 @@ def test_an_h200(
 
 def test_operations() -> None:
     """16.6 G a token for the matrices, 0.21 G for the recurrence, 81,920 for each token seen; in
-    prefill 15.4 G and 0.22 G for the scan."""
+    prefill 15.4 G and 0.22 G for the scan, less the 0.28 G of the last MLP."""
     decode = decode_work(NANO, BF16, 1, 0).num_operations
     assert decode == pytest.approx(16.6e9 + 0.21e9, rel=0.005)
     assert decode_work(NANO, BF16, 1, 1000).num_operations - decode == 81_920 * 1000
     prefill = prefill_work(NANO, BF16, 1024).num_operations / 1024
-    assert prefill == pytest.approx(15.42e9 + 0.22e9 + 81_920 * 512, rel=0.005)
+    assert prefill == pytest.approx(15.42e9 + 0.22e9 + 81_920 * 512 - 0.281e9, rel=0.005)
 
 
 def test_a_transformer() -> None:
