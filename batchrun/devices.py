@@ -53,13 +53,13 @@ class Devices:
         record = self._records.setdefault(device, _Record())
         record.deaths.append(rows)
         del record.deaths[:-_MOST_KEPT]
-        if alone and sum(map(len, rows.values())) == 1:
-            ((shard, (ordinal,)),) = rows.items()
-            first = self._alone.setdefault((shard, ordinal), device)
+        keys = [(shard, row) for shard, found in rows.items() for row in found] if alone else []
+        if len(keys) == 1:
+            first = self._alone.setdefault(keys[0], device)
             elsewhere = [r for name, r in self._records.items() if name != device]
             if first != device or any(_share(d, rows) for r in elsewhere for d in r.deaths):
-                for found in self._records.values():
-                    found.deaths = [death for death in found.deaths if not _share(death, rows)]
+                for each in self._records.values():
+                    each.deaths = [death for death in each.deaths if not _share(death, rows)]
         self._judge()
 
     def work(self, device: str) -> None:

@@ -6,7 +6,8 @@
 #
 # Faults of nodes start Ray clusters of several nodes on this machine; the outage of a real S3
 # gateway needs Debian's radosgw, ceph-mon, ceph-osd and ceph-common, the full disk the right to
-# mount. What is missing is skipped, and said.
+# mount, the host that is cut off the right to make network namespaces. What is missing is skipped,
+# and said.
 set -euo pipefail
 # shellcheck source=scripts/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

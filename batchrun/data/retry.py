@@ -189,6 +189,7 @@ def stage_part(
     # Not the one that is there by now: the new part is made of this one's rows.
     old = retry.replaces[shard.number]
     path = staged_path(run, shard.number, number)
+    place = _record_path(run, shard.number, number)
     metadata = part_metadata(run, shard, part_file.num_rows, part_file.sha256)
     if store.put_if_absent(path, part_file.path, lease.attempt, metadata):
         new = replace(
@@ -199,10 +200,11 @@ def stage_part(
             num_rows=part_file.num_rows,
             counts=part_file.counts,
         )
+    elif store.info(place) is not None:  # the part may be in its place by now, and not here
+        return _read_record(store, run, shard.number, number)[1]
     else:
         new = replace(part_from_object(store, run, shard, path, n), name=old.name)
     record = {name: json.loads(part_to_json(part)) for name, part in (("old", old), ("new", new))}
-    place = _record_path(run, shard.number, number)
     store.put_if_absent(place, json.dumps(record, indent=1).encode(), uuid.uuid4().hex)
     return _read_record(store, run, shard.number, number)[1]
 

@@ -388,6 +388,10 @@ def test_the_first_staged_part_counts(make: Callable[..., Site]) -> None:
     assert first == second
     applied = apply_staged(site.store, run, 0, retry.number)
     assert applied == first == apply_staged(site.store, run, 0, retry.number)
+    # A third one that was told of the staged part just before that took its place.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site.store, "put_if_absent", lambda *_: False)
+        assert restage(site.store, opened, opened.shards[0], retry, "000002-000003") == first
     assert site.open().parts[0] == first
     assert first.counts == replace(opened.parts[0].counts, failed_rows=1)
 
