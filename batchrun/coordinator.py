@@ -210,7 +210,8 @@ class RunState:
             return []
         commands: list[Command] = []
         match event:
-            case RunStarted():
+            case RunStarted(now):
+                self._now = now
                 for number, message in self._hopeless.items():
                     commands += self._fail(number, message)
             case Tick(now):

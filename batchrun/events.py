@@ -71,7 +71,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The driver is ready to carry out commands."""
+    """The driver is ready to carry out commands; ``now`` as of :class:`Tick`."""
+
+    now: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from batchrun.data.reader import ShardReader
 from batchrun.data.writer import PartFile, PartFormat, PartWriter
 from batchrun.engine.engine import RunningSample
 from batchrun.engine.request import Request
-from batchrun.errors import StorageError
+from batchrun.errors import BatchrunError, StorageError
 from batchrun.records import Completion, Counts, Generated, Lease, Part, Row, Shard
 from batchrun.reports import FinishedLease, RunningLease
 from batchrun.scores import Verdict
@@ -277,19 +277,21 @@ class OpenLease:
         """Take note of a flush that ended; when it began, or None when storage failed: then the
         next one brings the same again.
 
-        Raises StorageError when that has happened too often.
+        Raises StorageError when that has happened too often, and OutputError; after these too the
+        next one would bring the same again.
         """
         flush, self._flush = self._flush, None
         assert flush is not None
         try:
             flush.future.result()
-        except StorageError:
+        except BatchrunError as error:
             self._num_failed_flushes += 1
             self._finished = flush.finished + self._finished
             self._unsaved = flush.counts + self._unsaved
             self._num_bytes += flush.num_bytes
             self._num_tokens += flush.num_tokens
-            if self._num_failed_flushes >= _MAX_FAILED_FLUSHES:
+            too_often = self._num_failed_flushes >= _MAX_FAILED_FLUSHES
+            if too_often or not isinstance(error, StorageError):
                 raise
             return None
         self._num_failed_flushes = 0

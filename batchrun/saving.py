@@ -10,7 +10,7 @@ from typing import Any
 from batchrun.data.journal import Journal
 from batchrun.data.writer import PartFile
 from batchrun.engine.engine import RunningSample
-from batchrun.errors import BatchrunError, ShardError, StorageError
+from batchrun.errors import BatchrunError, ShardError
 from batchrun.leases import Journals, LeaseJournal, OpenLease
 from batchrun.metrics import CHECKPOINT_SECONDS, Recorder
 from batchrun.records import Lease, Part
@@ -105,7 +105,7 @@ class Saving:
                 wait([item.flushing], timeout=max(0.0, until - self._clock()))
                 if not item.flushing.done():
                     continue
-                with suppress(StorageError):  # the next one brings the same again
+                with suppress(BatchrunError):  # the next one brings the same again
                     self._end_flush(item)
             self._flush(item, running)
 

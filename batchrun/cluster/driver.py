@@ -200,7 +200,7 @@ class _Driver:
         self._story.begin(opened.total_rows, opened.parts, __version__, socket.gethostname())
         if not self._stop.is_set():
             self._say_begin()
-        commands = self._state.handle(RunStarted())
+        commands = self._state.handle(RunStarted(time.monotonic()))
         if not self._state.finished:
             if (url := self._board.serve()) is not None:
                 self._view.say(f"metrics: {url}")

@@ -34,7 +34,9 @@ class FlightFile:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         handle = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
         try:
-            os.truncate(handle, 2 * self._copy_bytes)
+            with open(handle, "wb", closefd=False) as file:
+                # A disk that is full says so here; later it would end the process by a signal.
+                file.write(bytes(2 * self._copy_bytes))
             self._map = mmap.mmap(handle, 2 * self._copy_bytes)
         finally:
             os.close(handle)

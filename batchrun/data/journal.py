@@ -283,7 +283,10 @@ class _Finished(Mapping[tuple[int, int], Completion]):
         self._lengths = np.zeros(num_rows * n, np.int32)
         self._len = 0
         self._end = 0
-        self._file = tempfile.TemporaryFile(prefix="batchrun-journal-")  # noqa: SIM115
+        try:
+            self._file = tempfile.TemporaryFile(prefix="batchrun-journal-")  # noqa: SIM115
+        except OSError as error:
+            raise _disk_error(error) from error
         weakref.finalize(self, self._file.close)
 
     def add(self, ordinal: int, sample: int, line: bytes) -> bool:

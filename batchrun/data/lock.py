@@ -115,8 +115,8 @@ class RunLock:
     """The lock of one output, held by this process under a number of its own, the epoch.
 
     A thread beats the counter until :meth:`release`. ``lost`` is set when another driver took
-    over, which happens only when this one seemed dead for long; ``cancelled`` when somebody asked
-    the run to stop (:mod:`batchrun.data.cancel`).
+    over or the run was discarded, which happens only when this one seemed dead for long;
+    ``cancelled`` when somebody asked the run to stop (:mod:`batchrun.data.cancel`).
     """
 
     def __init__(
@@ -187,8 +187,8 @@ class RunLock:
         """Raise :class:`~batchrun.errors.OutputHeldError` if another driver took over."""
         if self.lost.is_set():
             raise OutputHeldError(
-                f"another run took over {self._store.url}",
-                "this one was silent for too long; what it finished is kept",
+                f"another run took over {self._store.url}, or its run was discarded",
+                "this one was silent for too long; what was taken over is kept",
             )
 
     def confirm(self) -> None:
@@ -258,10 +258,13 @@ class RunLock:
                 continue
 
     def _is_ours(self) -> bool:
-        now = read_lock(self._store)
-        if now is None or now.epoch < self._state.epoch:
-            return True
-        return now.epoch == self._state.epoch and now.holder == self._state.holder
+        """Whether nobody took over, nor discarded the run: whoever begins in its output after that
+        counts epochs from 1. A lower one is otherwise the last beat of a driver before this one."""
+        now, own = read_lock(self._store), self._state
+        if now is not None and now.epoch >= own.epoch:
+            if (now.epoch, now.holder) != (own.epoch, own.holder):
+                return False
+        return self._store.info(epoch_path(self._run, own.epoch)) is not None
 
 
 def _held(store: Store, holder: Holder | None) -> OutputHeldError:

@@ -209,7 +209,6 @@ def open_retry(
     shards = moved(plan, files)
     parts = directory.committed(shards)
     finished = tuple(shard for shard in shards if shard.number in parts)
-    directory.clear_failed()
     retry = begin_retry(store, directory.run, parts, kinds, rule.n)
     num_unfinished = len(shards) - len(finished)
     return OpenedRun(directory, finished, plan.schema, parts, retry, num_unfinished)
@@ -232,6 +231,8 @@ def _take_over(
     plan = read_plan(store, before, rule.columns)
     shards = tuple(plan.shards.values())
     old = RunDirectory(store, before, n=samples_per_row(store, before))
+    # What comes later than the listing would stand beside the parts of this run, with their rows.
+    old.bar_workers()
     parts = old.committed(shards) if shards else {}
     change = _keepable(store, before, plan, parts, files, rule, part_format)
     store.delete([SUCCESS])

@@ -17,6 +17,7 @@ from batchrun.data.layout import (
     SUCCESS,
     commit_path,
     epoch_path,
+    epochs_folder,
     failed_path,
     part_name,
     run_folder,
@@ -67,19 +68,25 @@ class RunDirectory:
         self._n = n
 
     def check_stands(self, epoch: int) -> None:
-        """Raise StorageError when the run was discarded since the driver of ``epoch`` began it.
+        """Raise StorageError when the run was discarded, or another job's took its place, since the
+        driver of ``epoch`` began it.
 
         For a worker that publishes, just before it does: one that nobody could end (its machine was
-        out of reach) leaves no part in an output that others took for empty. What it has sent
-        already when the run is discarded may still arrive: a part under a name of the old run,
+        out of reach) leaves no part in an output that others took for empty, or whose rows others
+        run. What it has sent already by then may still arrive: a part under a name of the old run,
         which ``verify`` tells of.
         """
         if self.store.info(epoch_path(self.run, epoch)) is None:
             raise StorageError(
                 f"output: the run of this worker is no longer in {self.store.url}: it was "
-                "discarded, or deleted by hand",
-                "submit again to begin anew",
+                "discarded, or deleted by hand, or another job's took its place",
+                "submit again",
             )
+
+    def bar_workers(self) -> None:
+        """From here on no worker of the drivers so far publishes any more (:meth:`check_stands`).
+        Only for the holder of the run lock."""
+        self.store.delete([item.path for item in self.store.list(epochs_folder(self.run))])
 
     def publish(self, part_file: PartFile, lease: Lease) -> Part:
         """Put a finished part in its place, once, and record the commit.

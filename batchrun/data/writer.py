@@ -117,7 +117,10 @@ class PartWriter:
         folder: Path | None = None,
         journaled: Mapping[tuple[int, int], Completion] | None = None,
     ) -> None:
-        """``journaled`` are the finished samples of the shard's journal, by (ordinal, sample)."""
+        """``journaled`` are the finished samples of the shard's journal, by (ordinal, sample).
+
+        Raises StorageError when the local disk is full.
+        """
         self._reader = reader
         self._journaled = {} if journaled is None else journaled
         self._format = part_format
@@ -129,13 +132,16 @@ class PartWriter:
         self._num_ordered = 0  # rows in order so far, ready or written
         self._num_written = 0
         self._counts = Counts()
-        self._spool = Spool(folder)
-        self._path = self._spool.path / "part.parquet"
-        self._writer = pq.ParquetWriter(
-            self._path, self._schema, compression=part_format.compression
-        )
-        traces = self._spool.path / "traces.parquet"
-        self._traces = TraceWriter(traces) if part_format.traces else None
+        try:
+            self._spool = Spool(folder)
+            self._path = self._spool.path / "part.parquet"
+            self._writer = pq.ParquetWriter(
+                self._path, self._schema, compression=part_format.compression
+            )
+            traces = self._spool.path / "traces.parquet"
+            self._traces = TraceWriter(traces) if part_format.traces else None
+        except OSError as error:
+            raise self._disk_error(error) from error
 
     @property
     def num_missing(self) -> int:

@@ -231,7 +231,7 @@ def test_several_workers_give_the_same_texts(work: Work, warm: WarmRuns) -> None
 
 def test_what_only_a_worker_finds_ends_the_run(work: Work, warm: WarmRuns) -> None:
     """A model that memory cannot hold is said as it is, with exit code 2, and not retried."""
-    from batchrun.llm import find_checkpoint
+    from batchrun.data.checkpoints import find_checkpoint
 
     work.write("a", sums(1))
     model = work.folder / "model"
@@ -249,7 +249,7 @@ def test_s3_end_to_end(work: Work, s3_server: object, warm: WarmRuns) -> None:
     """Input, checkpoint and output in S3: the same rows as from disk."""
     import s3fs
 
-    from batchrun.llm import find_checkpoint
+    from batchrun.data.checkpoints import find_checkpoint
 
     options = s3_server.storage_options  # type: ignore[attr-defined]
     url = s3_server.url  # type: ignore[attr-defined]

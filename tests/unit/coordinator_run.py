@@ -41,9 +41,15 @@ class Run:
     """What was commanded so far. Workers are called 3-1, 3-2 and so on."""
 
     def __init__(
-        self, sizes: int | list[int], num_workers: int = 1, *, done: int = 0, **options: Any
+        self,
+        sizes: int | list[int],
+        num_workers: int = 1,
+        *,
+        done: int = 0,
+        now: float = 0,
+        **options: Any,
     ) -> None:
-        """``sizes`` are the rows of each shard, or so many shards of 10 rows."""
+        """``sizes`` are the rows of each shard, or so many shards of 10 rows; it starts ``now``."""
         sizes = [10] * sizes if isinstance(sizes, int) else sizes
         self.shards = [shard(number, rows) for number, rows in enumerate(sizes)]
         self.state = RunState(
@@ -57,7 +63,7 @@ class Run:
         self.outcome: Outcome | None = None
         self.aside: list[str] = []  # devices
         self.last: list[Command] = []
-        self.handle(RunStarted())
+        self.handle(RunStarted(now))
 
     def handle(self, *events: Event) -> list[Command]:
         """The commands that these facts lead to."""

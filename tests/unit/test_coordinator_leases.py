@@ -298,6 +298,15 @@ def test_a_young_lease_is_not_tried_again() -> None:
     assert [type(command) for command in run.handle(Tick(30))] == [StartLease]
 
 
+def test_the_age_of_a_lease_counts_from_the_start_of_the_run() -> None:
+    """Not from the first tick: workers that are loaded already are ready before that."""
+    run = Run(2, num_workers=2, speculate_after_s=30, now=5000)
+    run.ready()
+    run.done(run.workers[1])
+    assert run.handle(Tick(5029)) == []
+    assert [type(command) for command in run.handle(Tick(5030))] == [StartLease]
+
+
 def test_a_lease_is_tried_again_only_once() -> None:
     """A third worker stays idle, and whichever is lost, the other goes on."""
     for keep in (0, 1):

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.data.inputs import list_input
 from batchrun.data.schema import InputSchema
 from batchrun.data.shards import plan_shards
@@ -19,7 +20,6 @@ from batchrun.engine.engine import Engine
 from batchrun.engine.options import EngineOptions
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import read_job_file
-from batchrun.llm import find_checkpoint
 from batchrun.pipeline import Pipeline
 from batchrun.planner.plan import plan_job
 from batchrun.preflight import check_job

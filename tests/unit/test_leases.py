@@ -6,14 +6,18 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pytest
+
 from batchrun.data.journal import Journal, Running
 from batchrun.data.reader import ShardReader
 from batchrun.engine.engine import RunningSample
+from batchrun.errors import OutputError, StorageError
 from batchrun.leases import OpenLease
-from batchrun.records import Completion, Generated, Lease, Shard
+from batchrun.records import Completion, Counts, FinishReason, Generated, Lease, Shard
 from batchrun.rows import Rows
 
 SHARD = Shard(0, "in.parquet", "/in.parquet", 1, "f", (0,), 0, 2)
+DONE = Completion(0, 0, "in.parquet:0", "yes", None, FinishReason.STOP, 3, 0, 1)
 
 
 @dataclass
@@ -65,3 +69,27 @@ def test_what_began_anew_during_a_flush_is_not_safe_by_it() -> None:
     assert item.num_saved(cast(RunningSample, Sample(3))) == 0
     flush(3)
     assert slow.args == ([], [Running(1, 0, 0, Generated((0, 1, 2)))])
+
+
+def test_what_the_journal_refused_is_not_safe() -> None:
+    """Whatever is wrong with it: the next flush brings the same again, and until one has come
+    through the lease is not at its end."""
+    opening: Future[Journal] = Future()
+    reader = cast(ShardReader, None)
+    lease = Lease(SHARD, 1, "000001-000001", Rows.all(2), whole=False)
+    item = OpenLease(lease, reader, opening, iter(()), 0.0)
+    item.at_end = True
+    item.add(DONE)
+    item.count(Counts(rows=1))
+    slow = Slow()
+    for error in (OutputError("the bucket is gone"), StorageError("it does not answer")):
+        item.start_flush(Nowhere(), [], slow, 0.0)
+        assert slow.args == ([DONE], [])
+        slow.future.set_exception(error)
+        with pytest.raises(type(error)):
+            item.end_flush()
+        assert not item.is_safe
+    item.start_flush(Nowhere(), [], slow, 0.0)
+    slow.future.set_result(None)
+    assert item.end_flush() == 0.0
+    assert item.is_safe and item.state.saved.rows == 1

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.completions import completion_of
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.data.inputs import list_input
 from batchrun.data.schema import InputSchema
 from batchrun.data.shards import plan_shards
@@ -23,7 +24,6 @@ from batchrun.errors import ShardError, StorageError
 from batchrun.job import Job, parse_job
 from batchrun.jobfile import JobSource
 from batchrun.judge import Judge
-from batchrun.llm import find_checkpoint
 from batchrun.metrics import ROOFLINE
 from batchrun.pipeline import Pipeline
 from batchrun.prompts import input_columns

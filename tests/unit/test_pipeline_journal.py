@@ -11,6 +11,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pytest
 
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.data.journal import Journal, JournalWriter, read_journal
 from batchrun.data.store import Store
 from batchrun.engine.engine import Engine
@@ -18,7 +19,6 @@ from batchrun.engine.model_runner import Drawn, Pass
 from batchrun.engine.options import EngineOptions
 from batchrun.engine.request import Output
 from batchrun.errors import OutputError, StorageError
-from batchrun.llm import find_checkpoint
 from batchrun.pipeline import Pipeline
 from batchrun.records import Completion, ErrorKind, FinishReason, Lease, Part, RowError, Shard
 from batchrun.reports import WorkReport

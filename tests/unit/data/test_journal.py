@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Sequence
@@ -482,3 +483,10 @@ def test_a_full_local_disk_is_an_error_of_storage(
     with pytest.raises(StorageError, match="cannot hold the journal") as caught:
         read_journal(store, RUN, SHARD, N)
     assert "TMPDIR" in caught.value.hint
+
+    def no_room(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal.tempfile, "TemporaryFile", no_room)
+    with pytest.raises(StorageError, match="cannot hold the journal"):
+        read_journal(store, RUN, SHARD, N)

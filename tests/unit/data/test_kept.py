@@ -11,6 +11,7 @@ import pytest
 from batchrun.data.inputs import InputColumns, list_input
 from batchrun.data.jobrecord import find_run
 from batchrun.data.layout import SUCCESS, journal_folder, part_name, run_folder, run_id
+from batchrun.data.lock import RunLock
 from batchrun.data.plan import PlanRule
 from batchrun.data.resume import OpenedRun, check_output, open_run
 from batchrun.data.retry import begin_retry
@@ -18,7 +19,7 @@ from batchrun.data.status import discard, read_status
 from batchrun.data.store import Store
 from batchrun.data.verify import verify_run
 from batchrun.data.writer import PartFormat
-from batchrun.errors import InputError, OutputError
+from batchrun.errors import InputError, OutputError, StorageError
 from batchrun.records import ErrorKind
 from tests.unit.data.parquet import prompts, write
 from tests.unit.data.test_retry import Crash, CrashingStore
@@ -121,6 +122,23 @@ def test_finished_parts_stay_and_the_rest_runs_anew(any_site: Site) -> None:
         site.open()
     discard(site.store)
     assert site.store.list() == ()
+
+
+def test_a_worker_of_the_job_before_publishes_nothing_more(site: Site) -> None:
+    """Its part would stand beside that of the new job, with the same rows; what came in time is
+    kept."""
+    with RunLock(site.store, run_id(site.semantic)) as lock:
+        opened = site.open()
+        opened.directory.check_stands(lock.epoch)
+    site.semantic = semantic(0.7)
+    keep(site)
+    with pytest.raises(StorageError, match="another job's took its place"):
+        opened.directory.check_stands(lock.epoch)
+    site.semantic = semantic(0.5)
+    with RunLock(site.store, run_id(site.semantic)) as again:
+        keep(site)
+        opened.directory.check_stands(again.epoch)
+    assert again.epoch > lock.epoch
 
 
 def test_jobs_may_take_turns(site: Site) -> None:

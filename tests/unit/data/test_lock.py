@@ -243,6 +243,36 @@ def test_a_holder_that_stood_still_replaces_nothing(store: Store) -> None:
                 slow.confirm()
 
 
+def test_a_holder_whose_run_was_discarded_leaves_the_output_to_others(store: Store) -> None:
+    """A driver that stood still meanwhile: neither an empty output nor one in which somebody began
+    anew, under a lower number, is its own any more."""
+    lock_of(store).acquire().release()
+    old = lock_of(store, beat_s=60).acquire()
+    assert old.epoch == 2
+    store.delete([item.path for item in store.list()])
+    with pytest.raises(OutputHeldError, match="or its run was discarded"):
+        old.confirm()
+    with lock_of(store, beat_s=60) as new:
+        old.lost.clear()
+        with pytest.raises(OutputHeldError, match="or its run was discarded"):
+            old.confirm()
+        old.lost.clear()
+        old.release()
+        new.confirm()
+    seen = read_lock(store)
+    assert seen is not None and (seen.epoch, seen.released) == (1, True)
+
+
+def test_a_lower_number_in_the_lock_is_overwritten(store: Store) -> None:
+    """It is the last word of a driver that stood still while this one took over."""
+    put_lock(store, released=True)
+    with lock_of(store, beat_s=60) as lock:
+        put_lock(store, epoch=3)
+        lock.confirm()
+    seen = read_lock(store)
+    assert seen is not None and (seen.epoch, seen.released) == (4, True)
+
+
 def test_the_holder_beats(store: Store) -> None:
     """The counter moves by itself until the release."""
     with lock_of(store, beat_s=0.01):

@@ -364,12 +364,14 @@ def test_only_what_has_a_part_is_retried(tmp_path: Path) -> None:
         site.input(name, 3)
     opened = site.open()
     publish_first(site, opened, opened.shards[0])
+    opened.directory.mark_failed(opened.shards[1], "it cannot be read")
     site.input("c.parquet", 3)
     files = list_input(str(site.folder / "in"))
     found = open_retry(site.store, site.semantic, files, site.rule, KINDS)
     assert found.retry is not None
     assert (found.shards, found.num_unfinished) == (opened.shards[:1], 1)
     assert (dict(found.retry.rows), found.retry.num_rows) == ({0: Rows.of([1])}, 1)
+    assert found.directory.failed() == {1: "it cannot be read"}, "which it says nothing new of"
     other = {**site.semantic, "generation": {"n": 3}}
     with pytest.raises(OutputError, match=r"what differs: generation\.n: 2 -> 3"):
         open_retry(site.store, other, files, site.rule, KINDS)

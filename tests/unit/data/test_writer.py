@@ -17,7 +17,7 @@ from batchrun.data.inputs import InputColumns
 from batchrun.data.reader import ShardReader
 from batchrun.data.spool import Spool
 from batchrun.data.writer import PartFormat, PartWriter
-from batchrun.errors import BatchrunError
+from batchrun.errors import BatchrunError, StorageError
 from batchrun.records import RESERVED_COLUMNS, Completion, Counts, FinishReason, Row, ToolCall
 from batchrun.scores import Scores, Verdict
 from tests.unit.data.parquet import planned, prompts, write
@@ -397,3 +397,12 @@ def test_tool_calls_are_a_list_of_structs(tmp_path: Path) -> None:
     written = [{"name": "f", "arguments": '{"x": "é"}'}, {"name": "g", "arguments": "{}"}]
     assert table["tool_calls"].to_pylist() == [written, None, None]
     assert part.counts.malformed_tool_calls == 1
+
+
+def test_a_part_that_cannot_be_begun_is_an_error_of_storage(tmp_path: Path) -> None:
+    """A local disk without room ends the run and says what to do; no row is to blame for it."""
+    (tmp_path / "full").touch()
+    with open_shard(tmp_path, 2) as reader:
+        with pytest.raises(StorageError, match="local disk cannot hold the part") as caught:
+            PartWriter(reader, PartFormat("run"), folder=tmp_path / "full")
+    assert "TMPDIR" in caught.value.hint

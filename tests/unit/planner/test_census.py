@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.data.inputs import list_input
 from batchrun.data.survey import Estimate, cut_windows
 from batchrun.engine.chat import ChatTemplate
 from batchrun.engine.tokenizer import Tokenizer
 from batchrun.job import Job
-from batchrun.llm import find_checkpoint
 from batchrun.planner.census import Census, take_census
 from batchrun.planner.outputs import Expectation
 from batchrun.prompts import input_columns

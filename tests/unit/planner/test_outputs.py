@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.engine.params import SamplingParams
 from batchrun.engine.tokenizer import Tokenizer
 from batchrun.job import Generation
-from batchrun.llm import find_checkpoint
 from batchrun.planner.outputs import Expectation, Range, expect, explain
 from batchrun.records import Counts
 

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.data import survey
+from batchrun.data.checkpoints import find_checkpoint
 from batchrun.data.store import Store
 from batchrun.data.survey import Estimate
 from batchrun.errors import CheckpointError, JobError, RequestError
 from batchrun.job import Job
-from batchrun.llm import find_checkpoint
 from batchrun.planner.benchfile import read_bench
 from batchrun.planner.outputs import Range
 from batchrun.planner.plan import Plan, plan_job
