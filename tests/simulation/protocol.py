@@ -688,12 +688,13 @@ class Simulation:
         strikes = [self.objects[key][0] for key in self.listed("strike/")]
         paths = {shard.number: shard.path for shard in self.read_plan()}
         died = Counter(
-            (paths[number], row)
+            (number, row)
             for strike in strikes
             for number, rows in strike.rows.items()
             for row in rows
+            if (paths[number], row) in self.poison
         )
-        if max((died[row] for row in self.poison), default=0) > most:
+        if max(died.values(), default=0) > most:
             raise Violation("I7: a row kills on and on")
         self.tokens_again = sum(count - 1 for count in self.generated.values())
 
