@@ -392,8 +392,8 @@ class _Driver:
     def _replace(self, part: Part, retry: Retry) -> None:
         """Put a staged part in the place of the one that it was made from."""
         if part.shard not in self._state.done:
-            self._lock.confirm()
-            apply_staged(self._checked.store, self._checked.run, part.shard, retry.number)
+            store, run, confirm = self._checked.store, self._checked.run, self._lock.confirm
+            apply_staged(store, run, part.shard, retry.number, confirm)
 
     def _count_loss(self, worker: str, cause: str) -> None:
         self._restarts += 1

@@ -178,6 +178,9 @@ def open_run(
         write_job(store, directory.run, job)
         if change.added:
             store.delete([SUCCESS])
+        if change.dropped:
+            # A part of one would stand beside those of the shards that take its place.
+            directory.bar_workers()
         if append_plan(store, directory.run, plan, change, token):
             delete_journal(store, directory.run, change.dropped)
             break

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -209,11 +209,21 @@ def stage_part(
     return _read_record(store, run, shard.number, number)[1]
 
 
-def apply_staged(store: Store, run: str, shard: int, number: int) -> Part:
+def apply_staged(
+    store: Store,
+    run: str,
+    shard: int,
+    number: int,
+    confirm: Callable[[], None] = lambda: None,
+) -> Part:
     """Put a staged part in its place; only for the holder of the run lock. May be repeated.
+
+    ``confirm`` raises when the lock is lost; it is asked before and between, as a copy may take
+    long, and who took over may have replaced the part once more meanwhile.
 
     Raises OutputError when the part there is neither the one that it replaces nor itself.
     """
+    confirm()
     old, new = _read_record(store, run, shard, number)
     staged, commit = staged_path(run, shard, number), commit_path(run, shard)
     try:
@@ -224,6 +234,7 @@ def apply_staged(store: Store, run: str, shard: int, number: int) -> Part:
         # It counts rows that will not be there any more.
         store.delete([SUCCESS])
         store.copy(staged, new.name)
+        confirm()
         store.put(commit, part_to_json(new))
     elif current.sha256 != new.sha256:
         raise OutputError(

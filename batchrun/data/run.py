@@ -23,6 +23,7 @@ from batchrun.data.layout import (
     run_folder,
     traces_path,
 )
+from batchrun.data.lock import read_lock
 from batchrun.data.parts import (
     check_part,
     part_from_json,
@@ -68,25 +69,28 @@ class RunDirectory:
         self._n = n
 
     def check_stands(self, epoch: int) -> None:
-        """Raise StorageError when the run was discarded, or another job's took its place, since the
-        driver of ``epoch`` began it.
+        """Raise StorageError when the run was discarded, or planned anew by another driver, since
+        that of ``epoch`` began it.
 
         For a worker that publishes, just before it does: one that nobody could end (its machine was
-        out of reach) leaves no part in an output that others took for empty, or whose rows others
-        run. What it has sent already by then may still arrive: a part under a name of the old run,
-        which ``verify`` tells of.
+        out of reach) leaves no part in an output that others took for empty, nor one whose rows
+        others run under another name. What it has sent already by then may still arrive: a part
+        that is none of the run, which ``verify`` tells of.
         """
         if self.store.info(epoch_path(self.run, epoch)) is None:
             raise StorageError(
                 f"output: the run of this worker is no longer in {self.store.url}: it was "
-                "discarded, or deleted by hand, or another job's took its place",
+                "discarded or deleted by hand, or another driver has planned it anew",
                 "submit again",
             )
 
     def bar_workers(self) -> None:
-        """From here on no worker of the drivers so far publishes any more (:meth:`check_stands`).
+        """From here on no worker of earlier drivers publishes any more (:meth:`check_stands`).
         Only for the holder of the run lock."""
-        self.store.delete([item.path for item in self.store.list(epochs_folder(self.run))])
+        lock = read_lock(self.store)
+        own = None if lock is None else epoch_path(self.run, lock.epoch)
+        paths = [item.path for item in self.store.list(epochs_folder(self.run))]
+        self.store.delete([path for path in paths if path != own])
 
     def publish(self, part_file: PartFile, lease: Lease) -> Part:
         """Put a finished part in its place, once, and record the commit.

@@ -131,8 +131,9 @@ def test_a_worker_of_the_job_before_publishes_nothing_more(site: Site) -> None:
         opened = site.open()
         opened.directory.check_stands(lock.epoch)
     site.semantic = semantic(0.7)
-    keep(site)
-    with pytest.raises(StorageError, match="another job's took its place"):
+    with RunLock(site.store, run_id(site.semantic)):
+        keep(site)
+    with pytest.raises(StorageError, match="another driver has planned it anew"):
         opened.directory.check_stands(lock.epoch)
     site.semantic = semantic(0.5)
     with RunLock(site.store, run_id(site.semantic)) as again:

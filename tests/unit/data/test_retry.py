@@ -25,7 +25,7 @@ from batchrun.data.store import ObjectInfo, Store
 from batchrun.data.strikes import write_strike
 from batchrun.data.verify import verify_run
 from batchrun.data.writer import PartFormat, PartWriter
-from batchrun.errors import OutputError, StorageError
+from batchrun.errors import OutputError, OutputHeldError, StorageError
 from batchrun.records import (
     Completion,
     ErrorKind,
@@ -394,6 +394,35 @@ def test_the_first_staged_part_counts(make: Callable[..., Site]) -> None:
         assert restage(site.store, opened, opened.shards[0], retry, "000002-000003") == first
     assert site.open().parts[0] == first
     assert first.counts == replace(opened.parts[0].counts, failed_rows=1)
+
+
+def test_a_driver_that_lost_its_lock_replaces_nothing_more(make: Callable[..., Site]) -> None:
+    """It stood still before it began, or while it copied: meanwhile others have finished that, and
+    perhaps a retry of their own."""
+    site = make()
+    run = run_id(site.semantic)
+
+    def lost() -> None:
+        raise OutputHeldError("another run took over", "")
+
+    def lost_while_copying() -> None:
+        if len(asked) == 1:
+            retry_all(site, site.store, (ErrorKind.TOO_LONG,))
+            lost()
+        asked.append("kept until then")
+
+    asked: list[str] = []
+    opened = site.open()
+    retry = begin_retry(site.store, run, opened.parts, KINDS, N)
+    staged = restage(site.store, opened, opened.shards[0], retry, "000002-000001")
+    before = site.store.list()
+    with pytest.raises(OutputHeldError):
+        apply_staged(site.store, run, 0, retry.number, lost)
+    assert site.store.list() == before
+    with pytest.raises(OutputHeldError):
+        apply_staged(site.store, run, 0, retry.number, lost_while_copying)
+    assert verify_run(site.store).problems == ()
+    assert site.open().parts[0].sha256 != staged.sha256, "the newest retry stands"
 
 
 def test_a_worker_that_died_before_the_record_leaves_its_part(make: Callable[..., Site]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from batchrun.data.inputs import InputColumns, list_input
 from batchrun.data.journal import JournalWriter
 from batchrun.data.layout import LOCK, PART_NAME, SUCCESS, part_name, run_id
-from batchrun.data.lock import Holder, LockState
+from batchrun.data.lock import Holder, LockState, RunLock
 from batchrun.data.parts import part_from_json, part_to_json
 from batchrun.data.plan import PlanRule
 from batchrun.data.reader import ShardReader
@@ -29,6 +29,7 @@ from batchrun.errors import (
     OutputError,
     OutputHeldError,
     ShardError,
+    StorageError,
 )
 from batchrun.records import Counts, Lease, Part, Shard
 from batchrun.rows import Rows
@@ -261,6 +262,24 @@ def test_an_unfinished_file_may_change_or_vanish(site: Site) -> None:
     assert [(shard.number, shard.num_rows) for shard in again.shards] == [(0, 3), (2, 9)]
     (site.folder / "in/b.parquet").unlink()
     assert [shard.number for shard in site.open().shards] == [0]
+
+
+def test_a_worker_at_input_that_changed_publishes_nothing_more(site: Site) -> None:
+    """Its part would stand beside that of the new rows; workers of who planned these may."""
+    with RunLock(site.store, run_id(site.semantic)) as lock:
+        old = site.open()
+        site.input("c.parquet", 1)
+        site.open()
+        old.directory.check_stands(lock.epoch)
+    write(site.folder / "in/b.parquet", prompts(9))
+    with RunLock(site.store, run_id(site.semantic)) as lock:
+        opened = site.open()
+        with pytest.raises(StorageError, match="another driver has planned it anew"):
+            old.directory.check_stands(1)
+        opened.directory.check_stands(lock.epoch)
+    assert lock.epoch == 2
+    with RunLock(site.store, run_id(site.semantic)) as lock:
+        assert lock.epoch == 3
 
 
 def test_the_limit_counts_over_a_growing_input(site: Site) -> None:
