@@ -213,9 +213,10 @@ class OpenLease:
 
     def know(self, ordinal: int, counts: Counts) -> None:
         """A row is finished that was in the journal with all its samples."""
-        self._known += counts
         if self.journal.epochs[ordinal] == self.lease.epoch:
             self._handed_over += counts
+        else:
+            self._known += counts
 
     def count(self, counts: Counts) -> None:
         """A row is finished that was not in the journal."""

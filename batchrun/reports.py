@@ -24,9 +24,10 @@ class FailedLease:
 class RunningLease:
     """What is finished of a lease that goes on.
 
-    ``known`` came from the journal, and ``handed_over`` of it was generated under the epoch of this
-    lease, by whoever had the rows before; the rest was generated under this lease: ``saved`` is in
-    the journal by now, ``unsaved`` would be lost with the worker.
+    ``known`` came from the journal and is of earlier epochs; ``handed_over`` came from there too,
+    but was generated under the epoch of this lease, by whoever has or had the rows beside it. The
+    rest was generated under this lease: ``saved`` is in the journal by now, ``unsaved`` would be
+    lost with the worker.
     """
 
     attempt: str
@@ -37,6 +38,11 @@ class RunningLease:
     handed_over: Counts = field(default_factory=Counts)
 
     @property
+    def journaled(self) -> Counts:
+        """What was in the journal when the lease began."""
+        return self.known + self.handed_over
+
+    @property
     def fresh(self) -> Counts:
         """What was generated under this lease."""
         return self.saved + self.unsaved
@@ -44,7 +50,7 @@ class RunningLease:
     @property
     def counts(self) -> Counts:
         """Everything that is finished."""
-        return self.known + self.fresh
+        return self.journaled + self.fresh
 
 
 @dataclass(frozen=True, slots=True)

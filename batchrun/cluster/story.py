@@ -164,8 +164,8 @@ class Story:
             given = self._given.get(state.attempt)
             if given is None:
                 continue
-            if state.known.rows and not given.is_resumed:
-                self._say_known(given, state.known.rows, _generated(state.known))
+            if state.journaled.rows and not given.is_resumed:
+                self._say_known(given, state.journaled.rows, _generated(state.journaled))
             if state.saved.rows > given.saved_rows:
                 given.saved_rows = state.saved.rows
                 log_event(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from batchrun.records import Counts, Part
 from batchrun.reports import FinishedLease, ReturnedLease, RunningLease, WorkReport
@@ -60,7 +60,7 @@ class Tally:
     failed: dict[int, int] = field(default_factory=dict)
     _workers: dict[str, _Worker] = field(default_factory=dict)
     _running: dict[str, tuple[str, RunningLease]] = field(default_factory=dict)  # by attempt
-    _journaled: dict[int, Counts] = field(default_factory=dict)  # of shards without a part
+    _earlier: dict[int, Counts] = field(init=False)  # of shards without a part: from before
     _generated: Counts = field(default_factory=Counts)  # of shards that this submit published
     _ended: dict[int, Counts] = field(default_factory=dict)  # of others, under ended leases
     _dropped: dict[int, Counts] = field(default_factory=dict)  # what leases given up had saved
@@ -73,7 +73,7 @@ class Tally:
     def __post_init__(self) -> None:
         self.published = {number: part.counts for number, part in self.before.items()}
         self._published = sum(self.published.values(), Counts())
-        self._journaled = dict(self.kept)
+        self._earlier = dict(self.kept)
 
     @property
     def sampled_tokens(self) -> int:
@@ -96,8 +96,8 @@ class Tally:
     def journaled_rows(self) -> int:
         """Rows that are safe in the journal of a shard without a part, as far as is known."""
         running = sum(state.saved.rows for _, state in self._running.values())
-        kept = sum(counts.rows for number, counts in self.kept.items() if number in self._journaled)
-        return running + sum(counts.rows for counts in self._journaled.values()) - kept
+        kept = sum(counts.rows for number, counts in self.kept.items() if number in self._earlier)
+        return running + self._journaled().rows - kept
 
     def report(self, worker: str, report: WorkReport) -> None:
         """What a worker says of its work as a whole, and of the leases that go on."""
@@ -110,9 +110,9 @@ class Tally:
             if state.attempt in self._given_up:
                 continue  # its worker does not know yet
             self._running[state.attempt] = (worker, state)
-            known = self._journaled.get(state.shard, Counts())
+            known = self._earlier.get(state.shard, Counts())
             if state.shard not in self.published and state.known.rows > known.rows:
-                self._journaled[state.shard] = state.known  # by workers of an earlier submit
+                self._earlier[state.shard] = state.known
 
     def end(self, finished: FinishedLease) -> None:
         """A lease ended with all its rows."""
@@ -130,7 +130,7 @@ class Tally:
         self._generated += finished.fresh + finished.handed_over
         self.published[number] = finished.part.counts
         self._published += finished.part.counts
-        self._journaled.pop(number, None)
+        self._earlier.pop(number, None)
         self.failed.pop(number, None)
 
     def give_back(self, returned: ReturnedLease) -> None:
@@ -149,7 +149,6 @@ class Tally:
     def fail(self, shard: int, num_rows: int) -> None:
         """A shard has failed for good; all its rows count as failed."""
         self.failed[shard] = num_rows
-        self._journaled.pop(shard, None)
 
     def lose(self, worker: str) -> None:
         """A worker is lost, and with it the tokens that it had not made safe."""
@@ -179,18 +178,22 @@ class Tally:
         """Rows of a shard without a part were generated and are in the journal."""
         if shard not in self.published:
             self._ended[shard] = self._ended.get(shard, Counts()) + counts
-        if shard not in self.published and shard not in self.failed:
-            self._journaled[shard] = self._journaled.get(shard, Counts()) + counts
+
+    def _journaled(self) -> Counts:
+        """What is in the journals of shards that have no part and have not failed, as far as no
+        lease that goes on speaks of it."""
+        found = (*self._earlier.items(), *self._ended.items())
+        return sum((counts for shard, counts in found if shard not in self.failed), Counts())
 
     def done(self) -> Counts:
-        """Rows published, journaled, waiting for either, or failed with their shard."""
+        """Rows published, journaled, waiting for either, or failed with their shard. Those that two
+        tries at a lease have generated count twice until one of them ends, but no more than there
+        are."""
         lost = sum(self.failed.values())
-        total = self._published + Counts(rows=lost, failed_rows=lost)
-        for counts in self._journaled.values():
-            total += counts
+        total = self._published + Counts(rows=lost, failed_rows=lost) + self._journaled()
         for _, state in self._running.values():
             total += state.fresh
-        return total
+        return replace(total, rows=min(total.rows, self.total_rows))
 
     def generated(self) -> Counts:
         """What the workers of this submit have finished: exact for shards that are published."""

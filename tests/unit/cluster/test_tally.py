@@ -57,8 +57,9 @@ def test_rows_of_ranges_wait_in_the_journal_for_their_part() -> None:
         counts = Counts(rows=rows, completion_tokens=rows)
         tally.end(FinishedLease(lease(attempt, 0, rows), None, counts, counts))
     assert (tally.done().rows, tally.journaled_rows) == (10, 10)
-    tally.report("w", running("a2", 0, known=Counts(rows=3)))
-    assert tally.done().rows == 10
+    state = RunningLease("a2", 0, NONE, NONE, NONE, handed_over=Counts(rows=3))
+    tally.report("w", WorkReport(running=(state,)))
+    assert (tally.done().rows, tally.journaled_rows) == (10, 10)
     found = published("a2", part(0, 10), fresh=NONE)
     tally.end(replace(found, handed_over=Counts(rows=10)))
     assert (tally.done().rows, tally.generated().rows, tally.journaled_rows) == (10, 10, 0)
@@ -115,9 +116,14 @@ def test_what_a_second_try_takes_over_counts_once(is_dropped_first: bool) -> Non
     tally = Tally(10, 1, {})
     state = RunningLease("a0", 0, NONE, rows(6), rows(1))
     tally.report("w1", WorkReport(running=(state,), sampled_tokens=70))
-    state = RunningLease("a1", 0, rows(6), NONE, rows(3), handed_over=rows(6))
+    state = RunningLease("a1", 0, NONE, NONE, rows(3), handed_over=rows(6))
     tally.report("w2", WorkReport(running=(state,), sampled_tokens=30))
-    assert tally.generated() == rows(10)
+    assert (tally.generated(), tally.done().rows, tally.journaled_rows) == (rows(10), 10, 6)
+    state = RunningLease("a0", 0, NONE, rows(6), rows(3))
+    tally.report("w1", WorkReport(running=(state,), sampled_tokens=90))
+    assert tally.done().rows == 10, "two have a row, but there are no more"
+    state = RunningLease("a0", 0, NONE, rows(6), rows(1))
+    tally.report("w1", WorkReport(running=(state,), sampled_tokens=70))
     if is_dropped_first:
         tally.give_up("a0")
     tally.report("w2", WorkReport(sampled_tokens=40))
