@@ -92,11 +92,12 @@ def read_lock(store: Store) -> LockState | None:
 def is_live(
     store: Store,
     *,
-    watch_s: float = BEAT_S + 1,
+    watch_s: float = EXPIRY_S,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Whether a driver holds the output and lives. Watches a holder elsewhere for ``watch_s``."""
+    """Whether a driver holds the output and lives. Watches a holder elsewhere for ``watch_s``; one
+    whose storage is slow may take much longer than :data:`BEAT_S` from beat to beat."""
     seen = read_lock(store)
     if seen is None or seen.released or seen.holder.is_gone:
         return False

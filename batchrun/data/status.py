@@ -10,7 +10,7 @@ from batchrun.data.jobrecord import require_run, samples_per_row
 from batchrun.data.journal import read_journal
 from batchrun.data.kept import read_kept_parts
 from batchrun.data.layout import FOLDER, LOCK, PART_NAME, SUCCESS, journal_folder
-from batchrun.data.lock import Holder, is_live, read_lock
+from batchrun.data.lock import BEAT_S, Holder, is_live, read_lock
 from batchrun.data.plan import count_rows, read_plan
 from batchrun.data.run import Progress, RunDirectory
 from batchrun.data.schema import InputColumns
@@ -82,7 +82,7 @@ def read_status(store: Store) -> RunStatus:
     parts = directory.summarised(shards)
     progress = directory.read_progress()
     lock = read_lock(store)
-    live = is_live(store)
+    live = is_live(store, watch_s=BEAT_S + 1)  # a person waits, and nothing is lost by a mistake
     failed = {number: why for number, why in directory.failed().items() if number not in parts}
     counts = sum((part.counts for part in parts.values()), Counts())
     journaled = Counts()
