@@ -160,7 +160,7 @@ class RemoteStore(Store):
                 owner = self._token(key)
                 if owner is not None:
                     return owner == token
-                raise _NotLandedError(f"the put of {path} was not answered") from error
+                raise NotLandedError(f"the put of {path} was not answered") from error
 
         return self._patiently(attempt, path)
 
@@ -214,7 +214,7 @@ class RemoteStore(Store):
         for tries in range(1, _MAX_TRIES + 1):
             try:
                 return attempt()
-            except _NotLandedError as error:
+            except NotLandedError as error:
                 if tries == _MAX_TRIES:
                     raise translate(TimeoutError(str(error)), Role.OUTPUT, url) from error
             except Exception as error:
@@ -256,5 +256,6 @@ class _AbsentError(Exception):
     """There is no such object; never leaves this module."""
 
 
-class _NotLandedError(Exception):
-    """A put went out and no object is there yet; never leaves this module."""
+class NotLandedError(Exception):
+    """A request was answered, and has not done what it should: it is sent again. Never leaves the
+    stores."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.data.border import Fault, Role, classify, filesystem
-from batchrun.data.remote import RemoteStore
+from batchrun.data.remote import NotLandedError, RemoteStore
 
 
 class S3Store(RemoteStore):
@@ -64,7 +64,21 @@ class S3Store(RemoteStore):
     def _delete(self, keys: Sequence[str]) -> None:
         bucket = self.bucket
         names = [{"Key": key.partition("/")[2]} for key in keys]
-        if names:
-            self._fs.call_s3(
-                "delete_objects", Bucket=bucket, Delete={"Objects": names, "Quiet": True}
-            )
+        if not names:
+            return
+        request = {"Objects": names, "Quiet": True}
+        answer = self._fs.call_s3("delete_objects", Bucket=bucket, Delete=request)
+        for refused in answer.get("Errors", ()):
+            # The answer as a whole is a good one all the same.
+            error = _RefusedError(refused)
+            if classify(error) is Fault.TRANSIENT:
+                raise NotLandedError(f"{refused.get('Key')} was not deleted ({error})") from error
+            raise error
+
+
+class _RefusedError(Exception):
+    """What the service says of one of several objects; as botocore's errors to who classifies."""
+
+    def __init__(self, refused: Mapping[str, object]) -> None:
+        super().__init__(f"{refused.get('Code')}: {refused.get('Message')}")
+        self.response = {"Error": dict(refused)}

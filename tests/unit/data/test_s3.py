@@ -93,6 +93,35 @@ def test_storage_that_stays_away_is_a_storage_error(s3_server: S3Server) -> None
     assert caught.value.exit_code == 75
 
 
+def test_a_delete_that_is_refused_for_one_object_is_no_success(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service answers 200 and says in its text which objects are still there: those are tried
+    again, or an error says that they may not be deleted."""
+    store = S3Store(s3_server.url, s3_server.storage_options)
+    for name in ("a", "b"):
+        store.put(name, b"")
+    answers = ["InternalError", "SlowDown"]
+    call = store._fs.call_s3
+
+    def refusing(method: str, **request: Any) -> Any:
+        if method != "delete_objects" or not answers:
+            return call(method, **request)
+        first, *others = request["Delete"]["Objects"]
+        answer = call(method, Bucket=request["Bucket"], Delete={"Objects": others})
+        return {**answer, "Errors": [{**first, "Code": answers.pop(0), "Message": "so it is"}]}
+
+    monkeypatch.setattr(store._fs, "call_s3", refusing)
+    store.delete(["a", "b"])
+    assert (store.list(), answers) == ((), [])
+    answers.append("AccessDenied")
+    store.put("a", b"")
+    store.put("b", b"")
+    with pytest.raises(StorageError, match=r"is denied \(AccessDenied: so it is\)"):
+        store.delete(["a", "b"])
+    assert [item.path for item in store.list()] == ["a"]
+
+
 def test_a_part_is_one_single_put(s3_server: S3Server, tmp_path: Path) -> None:
     """A big part is not uploaded in pieces, whose completion need not be create-only."""
     body = tmp_path / "body"
