@@ -140,10 +140,17 @@ class OpenLease:
         return True
 
     def close(self) -> None:
-        """Give up everything. May be called twice."""
+        """Give up everything. May be called twice. A part that is being finished or published is
+        given up when that has ended: two threads in one Parquet writer would end the process."""
         self.reader.close()
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        if self.publishing is None:
             self.writer.close()
+        else:
+            close = self.writer.close
+            self.publishing.cancel()
+            self.publishing.add_done_callback(lambda _: close())
 
     @property
     def state(self) -> RunningLease:

@@ -10,6 +10,7 @@ import pytest
 
 from batchrun.data.journal import Journal, Running
 from batchrun.data.reader import ShardReader
+from batchrun.data.writer import PartWriter
 from batchrun.engine.engine import RunningSample
 from batchrun.errors import OutputError, StorageError
 from batchrun.leases import OpenLease
@@ -93,3 +94,32 @@ def test_what_the_journal_refused_is_not_safe() -> None:
     slow.future.set_result(None)
     assert item.end_flush() == 0.0
     assert item.is_safe and item.state.saved.rows == 1
+
+
+class Watched:
+    """A part that is written; knows whether it was given up."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        """Give it up."""
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_part_is_not_given_up_under_the_thread_that_finishes_it(is_begun: bool) -> None:
+    """A lease may be cancelled, or given back, while its part is being published: the other try at
+    it was first, or there is no time left."""
+    opening: Future[Journal] = Future()
+    reader = cast(ShardReader, Watched())
+    item = OpenLease(Lease(SHARD, 1, "000001-000001", Rows.all(2)), reader, opening, iter(()), 0.0)
+    writer = Watched()
+    item.writer = cast(PartWriter, writer)
+    item.publishing = Future()
+    if is_begun:
+        item.publishing.set_running_or_notify_cancel()
+    item.close()
+    assert (writer.is_closed, item.publishing.cancelled()) == (not is_begun, not is_begun)
+    if is_begun:
+        item.publishing.set_exception(StorageError("it does not answer"))
+    assert writer.is_closed
