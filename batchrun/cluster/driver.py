@@ -139,7 +139,8 @@ def run_checked(
         lock = stack.enter_context(RunLock(checked.store, checked.run))
         name = checked.job.name
         stack.enter_context(log_context(run=checked.run, job=name, epoch=lock.epoch))
-        driver = _Driver(checked, checked.open(), lock, started, view, stop or threading.Event())
+        opened = checked.open(lock.confirm)
+        driver = _Driver(checked, opened, lock, started, view, stop or threading.Event())
         stack.callback(driver.close)
         return driver.run(cluster, deterministic, source)
 

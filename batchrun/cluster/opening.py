@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,13 +101,13 @@ class CheckedJob:
         """Raise OutputError unless what is finished in the output could stay; only reads."""
         check_keepable(self.store, self.semantic, self.files, self.rule, self.part_format)
 
-    def open(self) -> OpenedRun:
+    def open(self, confirm: Callable[[], None] = lambda: None) -> OpenedRun:
         """Begin or resume the run; only while its lock is held. See :func:`open_run`."""
         rows, rule = self.job.input, self.rule
         paths = rows.path if isinstance(rows.path, str) else list(rows.path)
         files = list_input(paths, rows.storage_options, known=self.files)
         if self.retry is not None:
-            return open_retry(self.store, self.semantic, files, rule, self.retry)
+            return open_retry(self.store, self.semantic, files, rule, self.retry, confirm)
         return open_run(
             self.store,
             self.semantic,
@@ -114,6 +115,7 @@ class CheckedJob:
             files,
             rule,
             keep_finished=self.part_format if self.keep_finished else None,
+            confirm=confirm,
         )
 
 

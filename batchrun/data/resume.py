@@ -6,7 +6,7 @@ Each of the functions that open a run needs the run lock; those that check only 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from batchrun.data.footers import InputFile
@@ -146,8 +146,10 @@ def open_run(
     rule: PlanRule,
     *,
     keep_finished: PartFormat | None = None,
+    confirm: Callable[[], None] = lambda: None,
 ) -> OpenedRun:
-    """Begin or resume the run of a job in ``store``; only while its lock is held.
+    """Begin or resume the run of a job in ``store``; only while its lock is held: ``confirm``
+    raises when it is lost.
 
     With ``keep_finished``, which says what the job's parts look like, finished parts stay: those of
     another job's run, and those of input that changed since. Only the rest is planned.
@@ -165,8 +167,9 @@ def open_run(
     before = find_run(store)
     if keep_finished is not None and before not in {None, directory.run}:
         assert before is not None
+        recover(store, before, confirm)
         _take_over(directory, before, files, rule, keep_finished, job)
-    recover(store, directory.run)
+    recover(store, directory.run, confirm)
     # Looked at first: a plan that cannot be made leaves no trace.
     plan = read_plan(store, directory.run, rule.columns)
     while True:
@@ -196,16 +199,18 @@ def open_retry(
     files: Sequence[InputFile],
     rule: PlanRule,
     kinds: Sequence[ErrorKind],
+    confirm: Callable[[], None] = lambda: None,
 ) -> OpenedRun:
     """Open the run of a job to try rows again that failed with one of ``kinds``; only while its
-    lock is held. Input that is new or has changed is none of its business.
+    lock is held, and ``confirm`` as for :func:`open_run`. Input that is new or has changed is none
+    of its business.
 
     Raises OutputError when the output holds another run, or none.
     """
     check_run(store, semantic)
     store.sweep()
     directory = RunDirectory(store, run_id(semantic), n=rule.n)
-    recover(store, directory.run)
+    recover(store, directory.run, confirm)
     plan = read_plan(store, directory.run, rule.columns)
     if plan.schema is None:
         raise OutputError(f"output: the run in {store.url} has no plan yet", "submit the job")
@@ -230,7 +235,6 @@ def _take_over(
     The last step is the one that counts: cut off before it, the output holds the old run.
     """
     store, run = directory.store, directory.run
-    recover(store, before)
     plan = read_plan(store, before, rule.columns)
     shards = tuple(plan.shards.values())
     old = RunDirectory(store, before, n=samples_per_row(store, before))

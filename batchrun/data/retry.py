@@ -245,14 +245,15 @@ def apply_staged(
     return new
 
 
-def recover(store: Store, run: str) -> int:
-    """Finish what retries left half done; how many parts that were. For whoever opens the run."""
+def recover(store: Store, run: str, confirm: Callable[[], None] = lambda: None) -> int:
+    """Finish what retries left half done; how many parts that were. For whoever opens the run;
+    ``confirm`` as for :func:`apply_staged`."""
     last, staged, recorded = _look(store, run)
     done = {k for k in staged & recorded if k[1] == last or _is_copied(store, run, *k)}
     # A worker that was given up may come late, when the next retry is under way.
     store.delete([staged_path(run, *key) for key in staged - done if key[1] < last])
     for shard, number in sorted(done):
-        apply_staged(store, run, shard, number)
+        apply_staged(store, run, shard, number, confirm)
     return len(done)
 
 

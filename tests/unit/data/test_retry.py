@@ -19,7 +19,7 @@ from batchrun.data.layout import SUCCESS, journal_folder, retries_folder, run_id
 from batchrun.data.plan import PlanRule
 from batchrun.data.reader import ShardReader
 from batchrun.data.resume import OpenedRun, open_retry
-from batchrun.data.retry import Retry, apply_staged, begin_retry, read_kept, stage_part
+from batchrun.data.retry import Retry, apply_staged, begin_retry, read_kept, recover, stage_part
 from batchrun.data.status import discard, read_status
 from batchrun.data.store import ObjectInfo, Store
 from batchrun.data.strikes import write_strike
@@ -418,6 +418,8 @@ def test_a_driver_that_lost_its_lock_replaces_nothing_more(make: Callable[..., S
     before = site.store.list()
     with pytest.raises(OutputHeldError):
         apply_staged(site.store, run, 0, retry.number, lost)
+    with pytest.raises(OutputHeldError):
+        recover(site.store, run, lost)
     assert site.store.list() == before
     with pytest.raises(OutputHeldError):
         apply_staged(site.store, run, 0, retry.number, lost_while_copying)
