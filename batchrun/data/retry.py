@@ -225,17 +225,13 @@ def apply_staged(
     """
     confirm()
     old, new = _read_record(store, run, shard, number)
-    staged, commit = staged_path(run, shard, number), commit_path(run, shard)
-    try:
-        current = part_from_json(store.read(commit) or b"null")
-    except ValueError as error:
-        raise OutputError(f"output: {store.url}/{commit} is damaged ({error})") from error
+    staged, current = staged_path(run, shard, number), _read_commit(store, run, shard)
     if current.sha256 == old.sha256 != new.sha256:
         # It counts rows that will not be there any more.
         store.delete([SUCCESS])
         store.copy(staged, new.name)
         confirm()
-        store.put(commit, part_to_json(new))
+        store.put(commit_path(run, shard), part_to_json(new))
     elif current.sha256 != new.sha256:
         raise OutputError(
             f"output: {store.url}/{new.name} is not the part that retry {number} began with",
@@ -260,8 +256,7 @@ def recover(store: Store, run: str, confirm: Callable[[], None] = lambda: None) 
 def _is_copied(store: Store, run: str, shard: int, number: int) -> bool:
     """Whether a staged part stands in its place, but not in the commit record yet."""
     old, new = _read_record(store, run, shard, number)
-    current = part_from_json(store.read(commit_path(run, shard)) or b"null")
-    found = store.info(new.name)
+    current, found = _read_commit(store, run, shard), store.info(new.name)
     if current.sha256 != old.sha256 or found is None or found.size_bytes != new.size_bytes:
         return False
     with store.open_file(new.name) as source:
@@ -314,6 +309,15 @@ def _read_plan(store: Store, run: str, number: int) -> Retry:
         return Retry(number, tuple(ErrorKind(kind) for kind in raw["errors"]), rows)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OutputError(f"output: {store.url}/{path} is damaged ({error!r})") from error
+
+
+def _read_commit(store: Store, run: str, shard: int) -> Part:
+    """The part that is committed for a shard."""
+    path = commit_path(run, shard)
+    try:
+        return part_from_json(store.read(path) or b"null")
+    except ValueError as error:
+        raise OutputError(f"output: {store.url}/{path} is damaged ({error})") from error
 
 
 def _record_path(run: str, shard: int, number: int) -> str:

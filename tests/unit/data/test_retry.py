@@ -15,7 +15,15 @@ import pytest
 
 from batchrun.data.inputs import list_input
 from batchrun.data.journal import JournalWriter, read_journal
-from batchrun.data.layout import SUCCESS, journal_folder, retries_folder, run_id, strikes_folder
+from batchrun.data.layout import (
+    SUCCESS,
+    commit_path,
+    journal_folder,
+    retries_folder,
+    retry_plan_path,
+    run_id,
+    strikes_folder,
+)
 from batchrun.data.plan import PlanRule
 from batchrun.data.reader import ShardReader
 from batchrun.data.resume import OpenedRun, open_retry
@@ -472,6 +480,14 @@ def test_a_damaged_retry_is_named(make: Callable[..., Site]) -> None:
     opened = site.open()
     retry = begin_retry(site.store, run, opened.parts, KINDS, N)
     restage(site.store, opened, opened.shards[0], retry, "000002-000001")
+    commit = site.store.read(commit_path(run, 0)) or b""
+    site.store.put(commit_path(run, 0), b"[]")
+    for newest in (1, 2):
+        site.store.put(retry_plan_path(run, newest), b"{}")
+        with pytest.raises(OutputError, match=r"parts/000000.json is damaged"):
+            recover(site.store, run)
+    site.store.delete([retry_plan_path(run, 2)])
+    site.store.put(commit_path(run, 0), commit)
     site.store.put(f"{retries_folder(run)}/000000-0001.json", b"[]")
     with pytest.raises(OutputError, match=r"000000-0001.json is damaged"):
         site.open()
