@@ -167,6 +167,13 @@ class RunState:
         """Workers that have loaded their model and are not ending."""
         return self.crew.num_ready
 
+    @property
+    def stranded_on(self) -> frozenset[str]:
+        """The devices that are set aside, while there is no worker but on them; mostly none."""
+        if self.crew.num_ready or not self.crew.sitting_on(self._aside):
+            return frozenset()
+        return self._aside
+
     def strike(self, event: WorkerLost) -> Strike | None:
         """What is to be written down before ``event`` is handed in.
 

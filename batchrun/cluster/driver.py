@@ -407,6 +407,9 @@ class _Driver:
         progress = self._tally.progress(now, self._started, workers)
         if self._the_fleet.oldest_start_s > _SAY_PENDING_AFTER_S and workers["starting"]:
             progress = replace(progress, note="waiting for the first worker to load its model")
+        elif stranded := self._state.stranded_on:
+            note = f"waiting for another device: set aside is {', '.join(sorted(stranded))}"
+            progress = replace(progress, note=note)
         self._board.show(now, progress)
         self._view(progress)
         self._story.show(progress)

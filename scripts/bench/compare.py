@@ -232,10 +232,12 @@ def compare(name: str, entries: list[Entry], arguments: argparse.Namespace) -> d
                         f"{timing.foreign_cores:.2f} CPUs",
                         flush=True,
                     )
-            ours = next((t for e, t in tokens.items() if e.engine == "batchrun"), None)
+            # In bfloat16 near ties fall either way.
+            exact = {e.engine: found for e, found in tokens.items() if e.dtype == "float32"}
             for entry, theirs in tokens.items():
-                if entry.engine != "batchrun" and entry.dtype == "float32" and ours is not None:
-                    agreements[entry].add(ours, theirs)
+                is_other = entry.engine != "batchrun" and entry.dtype == "float32"
+                if is_other and "batchrun" in exact:
+                    agreements[entry].add(exact["batchrun"], theirs)
     finally:
         for process in processes:
             process.close()

@@ -232,6 +232,27 @@ def test_a_device_that_kills_whatever_it_runs_is_set_aside() -> None:
     assert 3 <= deaths["a"] <= 3 + 1 and deaths["b"] == 0
 
 
+def test_a_run_that_has_nothing_but_a_bad_device_knows_it() -> None:
+    """Until a worker starts on another one it waits, and can say for what."""
+    run = Run([64] * 8, num_workers=2, max_retries=1)
+    good, bad = run.workers
+    run.ready(good, device="b")
+    for _ in range(3):
+        run.ready(bad, device="a")
+        (number, rows), *_ = run.rows(bad)
+        run.lost(bad, *((number, row) for row in rows[:4]))
+        run.done(good)
+        run.handle(LeasesWanted(good, 1))
+        bad = newest(run)
+    run.ready(bad, device="a")
+    assert run.aside == ["a"] and not run.held(bad)
+    assert run.state.stranded_on == frozenset()
+    run.lost(good, node=False)
+    assert run.state.stranded_on == {"a"}
+    run.ready(newest(run), device="c")
+    assert run.state.stranded_on == frozenset()
+
+
 @pytest.mark.parametrize(("every", "num_aside"), [(8, 1), (32, 0)])
 def test_a_device_that_was_not_to_blame_is_given_back(every: int, num_aside: int) -> None:
     """Rows that kill, some in a row on one GPU, look like a bad one, until they kill on the other
