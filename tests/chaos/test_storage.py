@@ -142,23 +142,29 @@ def test_expired_credentials(behind: Field, proxy: Proxy, expected: Rows) -> Non
 
 @pytest.mark.chaos
 @pytest.mark.fault(29, "reads of the input are cut off in the middle")
-def test_short_reads(
-    behind: Field, proxy: Proxy, s3_server: S3Server, tmp_path: Path, expected: Rows
-) -> None:
-    """A range that came short is read again, of the same object."""
-    store = behind.at(f"{s3_server.url}", behind.storage_options).store("in")
+def test_short_reads(behind: Field, proxy: Proxy, s3_server: S3Server) -> None:
+    """A range that came short is read again, of the same object: the rows are those of a run whose
+    reads were whole. The model is real, as plans of faults lie beside input on a disk."""
+    store = behind.at(s3_server.url, behind.storage_options).store("in")
     for path in sorted((behind.work.folder / "in").glob("*.parquet")):
         store.put(path.name, path.read_bytes())
+    source = {"path": f"{s3_server.url}/in", "storage_options": behind.storage_options}
+    assert behind.run("whole-reads", input=source).exit_code == 0
+    num_cut = [0]
     cutter = first(6, r"/in/.*\.parquet", "GET")
-    proxy.cut = lambda verb, path: 100 if cutter(verb, path) else None
-    behind.plan("short", engine={"step_s": 0.0})
-    summary = behind.run(
-        "short", input={"path": f"{s3_server.url}/in", "storage_options": behind.storage_options}
-    )
-    assert (summary.exit_code, summary.failed_shards) == (0, {})
+
+    def cut(verb: str, path: str) -> int | None:
+        if not cutter(verb, path):
+            return None
+        num_cut[0] += 1
+        return 100
+
+    proxy.cut = cut
+    summary = behind.run("short-reads", input=source)
+    assert (summary.exit_code, summary.failed_shards, num_cut) == (0, {}, [6])
+    assert behind.rows("short-reads") == behind.rows("whole-reads") != []
     behind.record("lost", 0)
     behind.record("twice", 0)
-    assert [row["prompt"] for row in behind.rows("short")] == [row["prompt"] for row in expected]
 
 
 @pytest.mark.fault(36, "the store ignores If-None-Match")
@@ -202,7 +208,7 @@ def test_an_outage_of_a_real_gateway(
 @pytest.mark.fault(30, "an input file is replaced while others are read")
 def test_a_replaced_input(own_field: Callable[..., tuple[Field, Rows]], work: Work) -> None:
     """Its shard fails and says so; nothing of it is published; the others are done."""
-    field, _ = own_field([[f"first {n}" for n in range(20)], ["second 1", "second 2"]])
+    field, whole = own_field([[f"first {n}" for n in range(20)], ["second 1", "second 2"]])
     field.plan("replaced", engine={"step_s": 0.1, "max_sequences": 1})
 
     def replace(ended: threading.Event) -> None:
@@ -215,7 +221,8 @@ def test_a_replaced_input(own_field: Callable[..., tuple[Field, Rows]], work: Wo
     assert summary.exit_code == 3
     assert len(summary.failed_shards) == 1
     assert "1.parquet" in next(iter(summary.failed_shards))
-    assert {str(row["prompt"]).partition(" ")[0] for row in field.rows("replaced")} == {"first"}
+    rows = [(row["id"], str(row["completion"]).split()) for row in field.rows("replaced")]
+    assert rows == [(row["id"], str(row["completion"]).split()[:4]) for row in whole[:20]]
     field.record("lost", 0)
     field.record("twice", 0)
 
