@@ -42,16 +42,18 @@ def test_packed_linear(dtype: torch.dtype, error: float, num_tokens: int, has_bi
 
 @pytest.mark.parametrize(("dtype", "error"), PACKED)
 def test_packed_model(dtype: torch.dtype, error: float) -> None:
-    """A prepared model holds no plain matrix but the embeddings, and not a byte more; its logits
-    are as near to float32's as those of the model that is not prepared."""
-    config = replace(SMALL, attention_bias=True)
+    """A prepared model holds no plain matrix of those that pay but the embeddings, and not a byte
+    more; its logits are as near to float32's as those of the model that is not prepared."""
+    config = replace(SMALL, attention_bias=True, hidden_size=512, intermediate_size=1024)
     tokens = random_tokens(config, 20)
     exact = Driver(random_model(config)).run(tokens)
     plain, prepared = (random_model(config).to(dtype) for _ in range(2))
     size = sum(parameter.nbytes for parameter in plain.parameters())
     prepared.prepare()
     assert sum(parameter.nbytes for parameter in prepared.parameters()) == size
-    assert not any(type(module) is nn.Linear for module in prepared.modules())
+    layers = [module for module in prepared.modules() if type(module) is nn.Linear]
+    assert all(dtype is torch.float32 and layer.weight.numel() < 1 << 19 for layer in layers)
+    assert any(type(module) is PackedLinear for module in prepared.modules())
     errors = [(Driver(m).run(tokens) - exact).abs().max() for m in (plain, prepared)]
     assert errors[1] <= max(2 * errors[0], 1e-5 * exact.abs().max())
 
