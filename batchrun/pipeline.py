@@ -313,7 +313,7 @@ class Pipeline:
         self._discarded_tokens += item.unsaved_tokens + self._rows.num_unsaved_tokens(item)
         self._rows.abort(item)
         self._remove(item)
-        return ReturnedLease(item.lease.attempt, saved)
+        return ReturnedLease(item.lease.attempt, item.lease.shard.number, saved)
 
     def _give_up(self, item: OpenLease, error: ShardError) -> FailedLease:
         """Drop a lease whose shard cannot be read, with all its rows."""

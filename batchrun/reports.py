@@ -68,9 +68,11 @@ class FinishedLease:
 
 @dataclass(frozen=True, slots=True)
 class ReturnedLease:
-    """A lease that was given back unfinished; ``fresh`` was generated and is in the journal."""
+    """A lease of a shard that was given back unfinished; ``fresh`` was generated and is in the
+    journal."""
 
     attempt: str
+    shard: int
     fresh: Counts
 
 

@@ -135,9 +135,9 @@ class Tally:
 
     def give_back(self, returned: ReturnedLease) -> None:
         """A lease was given back; what it made is in the journal."""
-        _, state = self._running.pop(returned.attempt, ("", None))
-        if state is not None:
-            self._end(state.shard, returned.fresh)
+        self._running.pop(returned.attempt, None)
+        if returned.attempt not in self._given_up:
+            self._end(returned.shard, returned.fresh)
 
     def give_up(self, attempt: str) -> None:
         """A lease ended for nothing: its shard failed, or another was first."""

@@ -138,9 +138,22 @@ def test_leases_that_are_given_back_lose_nothing() -> None:
     """Their rows are in the journal."""
     tally = Tally(10, 2, {})
     tally.report("w", running("a0", 0, saved=Counts(rows=2), unsaved=Counts(rows=3)))
-    tally.give_back(ReturnedLease("a0", Counts(rows=5)))
+    tally.give_back(ReturnedLease("a0", 0, Counts(rows=5)))
     tally.lose("w")
     assert (tally.done().rows, tally.generated().rows, tally.journaled_rows) == (5, 5, 5)
+
+
+def test_a_lease_that_was_given_back_before_it_was_reported_counts_once() -> None:
+    """A worker that drains right after it began: who goes on takes over what is counted already."""
+    tally = Tally(10, 1, {})
+    fresh = Counts(rows=6, completion_tokens=60)
+    tally.report("w1", WorkReport(sampled_tokens=60))
+    tally.give_back(ReturnedLease("a0", 0, fresh))
+    assert tally.done().rows == 6
+    tally.report("w2", WorkReport(sampled_tokens=40))
+    found = published("a1", part(0, 10, 100), fresh=Counts(rows=4, completion_tokens=40))
+    tally.end(replace(found, handed_over=fresh))
+    assert (tally.sampled_tokens, tally.generated().rows) == (100, 10)
 
 
 def test_generated_is_without_what_was_there() -> None:
