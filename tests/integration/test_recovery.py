@@ -176,7 +176,8 @@ def test_a_big_shard_feeds_two_workers_and_outlives_one(big: Work) -> None:
     assert abs(summary.sampled_tokens - total) < total / 3
     store = store_of(big, "ranges")
     assert store.list(journal_folder(summary.run_id)) == ()
-    assert len(store.list(strikes_folder(summary.run_id))) == 1
+    # One death is one strike, and none when it came between two leases.
+    assert len(store.list(strikes_folder(summary.run_id))) <= 1
 
 
 def test_nothing_that_was_journaled_is_generated_again(
