@@ -52,10 +52,10 @@ class Backbone(nn.Module):
         h: Tensor = self.embeddings(batch.token_ids)  # [T, hidden]
         mamba = attention = 0  # layers of each kind so far: their place in the pools
         delta: Tensor | None = None  # what the last layer adds; the next norm adds it up
-        rows = batch.logit_rows
+        rows, num_stateful = batch.logit_rows, self.config.num_layers_to_last_state
         for place, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            if place == self.config.num_layers_to_last_state:
+            if place == num_stateful:
                 h, delta = _pick(rows, h, delta)  # from here on nothing is left to other tokens
             u = ops.add_norm(h, delta, layer.norm.weight, layer.norm.eps)
             match layer.mixer:
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
                     attention += 1
                 case MLP() as mixer:
                     delta = mixer(u)
-        if self.config.num_layers_to_last_state == len(self.layers):
+        if num_stateful == len(self.layers):
             h, delta = _pick(rows, h, delta)
         return ops.add_norm(h, delta, self.norm_f.weight, self.norm_f.eps)
 
