@@ -73,7 +73,7 @@ def _figures(plan: Mapping[str, Any], report: Report) -> Iterator[Foretold]:
         actual = counts.prompt_tokens / samples
         yield Foretold("prompt tokens", "", low, total["value"], high, actual)
     if answered:
-        made = (counts.reasoning_tokens + counts.completion_tokens) / (answered * samples)
+        made = counts.output_tokens / (answered * samples)
         yield _range("tokens of a sample", "", plan["output"]["tokens_per_sample"], made)
     most = max((m.in_flight for h in report.histories for m in h.moments), default=0)
     workers = max((len(h.workers) for h in report.histories), default=0)

@@ -237,6 +237,11 @@ class Counts:
     malformed_tool_calls: int = 0
     empty: int = 0
 
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of reasoning and completion."""
+        return self.reasoning_tokens + self.completion_tokens
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Counts:
         """What ``dataclasses.asdict`` gave, in this version or an earlier one.

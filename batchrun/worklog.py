@@ -31,7 +31,7 @@ def log_flushed(lease: Lease, saved: Counts, seconds: float) -> None:
         f"took {seconds:.3f} s",
         place=_place(lease),
         rows=saved.rows,
-        tokens=saved.reasoning_tokens + saved.completion_tokens,
+        tokens=saved.output_tokens,
     )
 
 

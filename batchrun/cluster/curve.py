@@ -126,8 +126,7 @@ class Curve:
         base = next((item for item in self.results if item.budget == self.base), None)
         if base is None or not base.spent.sampled_tokens or not result.spent.seconds:
             return None
-        counts = result.summary.counts
-        tokens = counts.reasoning_tokens + counts.completion_tokens
+        tokens = result.summary.counts.output_tokens
         saved = max(0, tokens - result.spent.sampled_tokens)
         pace = base.spent.working_seconds / base.spent.sampled_tokens
         return result.spent.working_seconds + saved * pace

@@ -475,7 +475,7 @@ class _Driver:
                 state.shards[number].name: why for number, why in outcome.failed_shards.items()
             },
             generated_rows=generated.rows,
-            generated_tokens=generated.reasoning_tokens + generated.completion_tokens,
+            generated_tokens=generated.output_tokens,
             journaled_rows=self._tally.journaled_rows,
             sampled_tokens=self._tally.sampled_tokens,
             prefix_tokens=self._tally.prefix_tokens,

@@ -165,7 +165,7 @@ class Story:
             if given is None:
                 continue
             if state.journaled.rows and not given.is_resumed:
-                self._say_known(given, state.journaled.rows, _generated(state.journaled))
+                self._say_known(given, state.journaled.rows, state.journaled.output_tokens)
             if state.saved.rows > given.saved_rows:
                 given.saved_rows = state.saved.rows
                 log_event(
@@ -174,13 +174,13 @@ class Story:
                     worker=worker,
                     place=_place(given.lease),
                     rows=state.saved.rows,
-                    tokens=_generated(state.saved),
+                    tokens=state.saved.output_tokens,
                 )
         for done in report.done:  # so quickly that no report had it running
             given = self._given.get(done.lease.attempt)
             num_rows = done.counts.rows - done.fresh.rows
             if given is not None and num_rows > 0 and not given.is_resumed:
-                num_tokens = _generated(done.counts) - _generated(done.fresh)
+                num_tokens = done.counts.output_tokens - done.fresh.output_tokens
                 self._say_known(given, num_rows, num_tokens)
         for failures in report.failures:
             self.fail_rows(worker, failures)
@@ -246,7 +246,7 @@ class Story:
                     place=_place(given.lease),
                     rows=counts.rows,
                     failed_rows=counts.failed_rows,
-                    tokens=_generated(counts),
+                    tokens=counts.output_tokens,
                 )
             return
         shard = self._shards.get(part.shard)
@@ -260,7 +260,7 @@ class Story:
             published_by=part.attempt,
             rows=counts.rows,
             failed_rows=counts.failed_rows,
-            tokens=_generated(counts),
+            tokens=counts.output_tokens,
         )
 
     def _say_known(self, given: _Given, num_rows: int, num_tokens: int) -> None:
@@ -284,7 +284,3 @@ class Story:
 
 def _place(lease: Lease) -> dict[str, str | int]:
     return {"shard": lease.shard.name, "attempt": lease.attempt, "row": str(lease.rows)}
-
-
-def _generated(counts: Counts) -> int:
-    return counts.reasoning_tokens + counts.completion_tokens

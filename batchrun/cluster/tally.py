@@ -168,7 +168,7 @@ class Tally:
             self._ended[shard] = found
         known = ended + self._dropped.get(shard, Counts())
         known += sum((s.saved for _, s in self._running.values() if s.shard == shard), Counts())
-        tokens = max(0, _num_tokens(found) - _num_tokens(known))
+        tokens = max(0, found.output_tokens - known.output_tokens)
         # Of these the worker may have spoken as not safe yet: then they were taken for lost.
         taken_for_lost = min(tokens, self._lost_tokens)
         self._lost_tokens -= taken_for_lost
@@ -225,7 +225,3 @@ class Tally:
             tokens_per_s=tokens_per_s,
             eta_s=left / rows_per_s if rows_per_s and left else (0.0 if not left else None),
         )
-
-
-def _num_tokens(counts: Counts) -> int:
-    return counts.reasoning_tokens + counts.completion_tokens

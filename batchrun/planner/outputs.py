@@ -83,7 +83,7 @@ def expect(
     measured = None
     if done is not None and done.rows > done.failed_rows:
         samples = (done.rows - done.failed_rows) * generation.n
-        measured = (done.reasoning_tokens + done.completion_tokens) / samples
+        measured = done.output_tokens / samples
     return Expectation(given, measured, _choices(generation, tokenizer))
 
 
